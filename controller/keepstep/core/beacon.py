@@ -1,0 +1,182 @@
+"""A rank's beacon: one page of shared memory that says where the rank is.
+
+The rank writes it without a system call (about a quarter of a microsecond); the agent reads it at any time,
+also of a rank that is stopped in the middle of a write, because two records alternate and each carries its
+sequence number at both ends. The page is a memfd that the shim makes, so it has no name and nothing is left
+of it when the last holder is gone. Standard library only: this module runs inside ranks.
+
+    0     magic, version, pid, rank, world size
+    64    record A        (the writer alternates; the reader takes the newest whole one)
+    256   record B
+    1024  ring of the last 48 completed steps, for the loss curve
+"""
+
+import mmap
+import os
+import struct
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+
+MAGIC = b"KSBEACON"
+VERSION = 1
+PAGE = 4096
+
+_HEAD = struct.Struct("<8sHxxIII")
+_RECORD = struct.Struct("<QqQIIQQQQqqQ16sQQ")
+_RECORDS = (64, 256)
+_POINT = struct.Struct("<QQdddddQ")
+_RING, _RING_SIZE = 1024, 48
+
+
+class Phase(IntEnum):
+    """What a rank is doing; the time since it entered is what hangs are judged by."""
+
+    NONE = 0
+    STARTING = 1
+    RENDEZVOUS = 2
+    RESTORING = 3
+    DATA = 4
+    FORWARD = 5
+    BACKWARD = 6
+    OPTIMIZER = 7
+    CHECKPOINT = 8
+    EVALUATION = 9
+    FINISHED = 10
+    UNKNOWN = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One state of a rank. Times are nanoseconds of this machine's monotonic clock."""
+
+    sequence: int = 0
+    step: int = -1  # completed optimizer steps of the job; -1: never seen to step
+    micro_batch: int = 0
+    phase: Phase = Phase.NONE
+    phase_ns: int = 0  # when the phase was entered
+    step_ns: int = 0  # when the last step was completed
+    launched: int = 0  # collectives and sends started ...
+    completed: int = 0  # ... and finished: any counter that moves is progress
+    checkpoint_step: int = -1  # of the newest checkpoint that this rank knows to be complete
+    peer: int = -1  # the pipeline peer that the rank waits for
+    stall_ns: int = 0  # training time lost to checkpoints, in all
+    group: str = ""  # the group that the rank waits in, 15 bytes
+    group_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One completed step, for the loss curve."""
+
+    step: int
+    at_ns: int
+    loss: float
+    grad_norm: float
+    tokens_per_s: float  # of the whole job
+    tflops: float  # per GPU (slot)
+    mfu: float  # nan where no peak is known
+
+
+class BeaconWriter:
+    """The rank's side. One writer, one thread."""
+
+    def __init__(self, page: mmap.mmap, *, rank: int, world_size: int) -> None:
+        assert len(page) == PAGE
+        self._page = page
+        self._sequence = 0
+        self._points = 0
+        self.now = Record()
+        _HEAD.pack_into(page, 0, MAGIC, VERSION, os.getpid(), rank, world_size)
+
+    def write(self, record: Record) -> None:
+        """Publish a state; its sequence number is set here."""
+        self._sequence += 1
+        self.now = record
+        r = record
+        _RECORD.pack_into(
+            self._page, _RECORDS[self._sequence & 1], self._sequence, r.step, r.micro_batch, r.phase, 0,
+            r.phase_ns, r.step_ns, r.launched, r.completed, r.checkpoint_step, r.peer, r.stall_ns,
+            r.group.encode()[:15], r.group_sequence, self._sequence,
+        )  # fmt: skip
+
+    def point(self, point: Point) -> None:
+        """Add a completed step to the ring; the step is written last, so a torn entry is not taken."""
+        offset = _RING + (point.step % _RING_SIZE) * _POINT.size
+        mark = point.step + 1
+        self._page[offset : offset + 8] = bytes(8)
+        _POINT.pack_into(
+            self._page, offset, 0, point.at_ns, point.loss, point.grad_norm, point.tokens_per_s,
+            point.tflops, point.mfu, mark,
+        )  # fmt: skip
+        struct.pack_into("<Q", self._page, offset, mark)
+
+
+class BeaconReader:
+    """The agent's side."""
+
+    def __init__(self, page: mmap.mmap) -> None:
+        self._page = page
+
+    @classmethod
+    def of_descriptor(cls, descriptor: int) -> "BeaconReader":
+        return cls(mmap.mmap(descriptor, PAGE, prot=mmap.PROT_READ))
+
+    def read(self) -> Record | None:
+        """The newest whole record; None before the first one or for a page of another version."""
+        magic, version, *_ = _HEAD.unpack_from(self._page, 0)
+        if magic != MAGIC or version != VERSION:
+            return None
+        best: Record | None = None
+        for offset in _RECORDS:
+            (
+                first, step, micro, phase, _, phase_ns, step_ns, launched, completed, checkpoint, peer,
+                stall, group, group_sequence, last,
+            ) = _RECORD.unpack_from(self._page, offset)  # fmt: skip
+            if first == 0 or first != last or (best and best.sequence > first):
+                continue
+            best = Record(
+                sequence=first, step=step, micro_batch=micro, phase=_phase(phase), phase_ns=phase_ns,
+                step_ns=step_ns, launched=launched, completed=completed, checkpoint_step=checkpoint,
+                peer=peer, stall_ns=stall, group=group.rstrip(b"\0").decode(errors="replace"),
+                group_sequence=group_sequence,
+            )  # fmt: skip
+        return best
+
+    def points(self, after_step: int) -> list[Point]:
+        """The completed steps past `after_step` that are still in the ring, oldest first."""
+        found = []
+        for k in range(_RING_SIZE):
+            first, at, loss, norm, tokens, tflops, mfu, last = _POINT.unpack_from(
+                self._page, _RING + k * _POINT.size
+            )
+            if first == last and first - 1 > after_step:
+                found.append(
+                    Point(
+                        step=first - 1,
+                        at_ns=at,
+                        loss=loss,
+                        grad_norm=norm,
+                        tokens_per_s=tokens,
+                        tflops=tflops,
+                        mfu=mfu,
+                    )  # fmt: skip
+                )
+        return sorted(found, key=lambda point: point.step)
+
+    def close(self) -> None:
+        self._page.close()
+
+
+def age_s(at_ns: int, now_ns: int | None = None) -> float | None:
+    """Seconds since a moment of a beacon, or None if it never came."""
+    if at_ns == 0:
+        return None
+    return max(0, (time.monotonic_ns() if now_ns is None else now_ns) - at_ns) / 1e9
+
+
+def _phase(code: int) -> Phase:
+    try:
+        return Phase(code)
+    except ValueError:
+        return Phase.UNKNOWN  # of a newer writer
