@@ -1,0 +1,183 @@
+"""Flat buffers: all parameters of one (pipeline stage, tensor shard) end to end in one vector.
+
+    flat index   0 ............ matrices ...... used .. length
+                 | 2-D weights  | norm weights | padding |
+    owned by     | dp 0   | dp 1   | dp 2   | dp 3       |     equal consecutive ranges
+
+Matrices come first: they are cut over the tensor parallel ranks and decay; norm weights come last: every
+tensor parallel rank has them whole and they do not decay. So either kind is one slice.
+
+`weights` and `grads` are the whole vector on every rank; `state` holds fp32 master weights and both moments
+of the range this rank owns, in one contiguous piece: a snapshot is one copy. The length does not depend on
+the present number of replicas, only on the number the job asked for (`replicas`), so that a job that shrinks
+cuts the same vector into fewer, longer pieces.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keepstep.core.errors import InputError
+from keepstep.core.layout import Coordinates, Layout
+from keepstep.llama.shape import ModelShape
+
+ALIGNMENT = 64  # elements: owned ranges start at whole cache lines, whatever the data type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatParameter:
+    """Where one parameter's local part lies."""
+
+    name: str  # canonical: see shape.py
+    shape: tuple[int, ...]  # local, after the cut over tensor parallel ranks
+    global_shape: tuple[int, ...]
+    tp_dim: int | None  # the dimension that is cut; None: every tensor parallel rank has it whole
+    tp_offset: int  # where the local part starts along tp_dim
+    offset: int  # in the flat index
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def span(self) -> range:
+        return range(self.offset, self.offset + self.numel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatIndex:
+    """The table of one (pipeline stage, tensor shard), the same on all its replicas."""
+
+    parameters: tuple[FlatParameter, ...]
+    matrices: int  # where norm weights start
+    used: int  # where padding starts
+    length: int
+    replicas: int  # that the job asked for; the present dp divides it
+    dp: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, layout: Layout, at: Coordinates, *, replicas: int = 0) -> "FlatIndex":
+        replicas = replicas or layout.dp
+        check_layout(shape, layout, replicas)
+        sizes = list(stage_sizes(shape, layout.pp, at.pp))
+        ordered = [s for s in sizes if len(s[1]) > 1] + [s for s in sizes if len(s[1]) == 1]
+        parameters, offset, matrices = [], 0, 0
+        for name, size in ordered:
+            dim = tp_dim(name)
+            local, start = list(size), 0
+            if dim is not None:
+                local[dim] //= layout.tp
+                start = at.tp * local[dim]
+            placed = FlatParameter(
+                name=name, shape=tuple(local), global_shape=size, tp_dim=dim, tp_offset=start, offset=offset
+            )
+            parameters.append(placed)
+            offset += placed.numel
+            matrices = offset if dim is not None else matrices
+        unit = replicas * ALIGNMENT
+        return cls(
+            parameters=tuple(parameters), matrices=matrices, used=offset, length=-(-offset // unit) * unit,
+            replicas=replicas, dp=layout.dp,
+        )  # fmt: skip
+
+    @property
+    def shard(self) -> int:
+        """Elements that each replica owns."""
+        return self.length // self.dp
+
+    def owned(self, dp_rank: int) -> range:
+        return range(dp_rank * self.shard, (dp_rank + 1) * self.shard)
+
+    def __getitem__(self, name: str) -> FlatParameter:
+        return next(p for p in self.parameters if p.name == name)
+
+
+class FlatState:
+    """The buffers of one rank. `step` counts completed updates."""
+
+    def __init__(self, index: FlatIndex, dp_rank: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.index, self.dp_rank, self.step = index, dp_rank, 0
+        shard = index.shard
+        self.state = torch.zeros(3 * shard, device=device)
+        self.master, self.exp_avg, self.exp_avg_sq = self.state.split(shard)
+        # One replica in fp32 computes with the master weights themselves: nothing to copy after an update.
+        self.shared = index.dp == 1 and dtype == torch.float32
+        self.weights = self.master if self.shared else torch.zeros(index.length, device=device, dtype=dtype)
+        self.grads = torch.zeros(index.length, device=device, dtype=dtype)
+
+    def weight(self, *names: str) -> Tensor:
+        return self._view(self.weights, names)
+
+    def grad(self, *names: str) -> Tensor:
+        return self._view(self.grads, names)
+
+    def _view(self, buffer: Tensor, names: Iterable[str]) -> Tensor:
+        """One parameter's view, or that of neighbours stacked along their first dimension."""
+        first, *others = (self.index[name] for name in names)
+        stop, rows = first.span.stop, first.shape[0]
+        for other in others:
+            assert other.offset == stop and other.shape[1:] == first.shape[1:], other.name
+            stop, rows = other.span.stop, rows + other.shape[0]
+        return buffer[first.offset : stop].view(rows, *first.shape[1:])
+
+
+def stage_layers(layers: int, pp: int, stage: int) -> range:
+    """The layers of a pipeline stage: as equal as can be, the later stages taking what is over."""
+    return range(layers * stage // pp, layers * (stage + 1) // pp)
+
+
+def stage_sizes(shape: ModelShape, pp: int, stage: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and global shapes of the parameters of a stage, in the order of the forward pass."""
+    mine = {f"layers.{layer}" for layer in stage_layers(shape.layers, pp, stage)}
+    if stage == 0:
+        mine.add("embedding")
+    if stage == pp - 1:
+        mine |= {"norm", "output"}
+    return [(name, size) for name, size in shape.sizes() if _block(name) in mine]
+
+
+def tp_dim(name: str) -> int | None:
+    """The dimension along which a parameter is cut over tensor parallel ranks."""
+    match name.split(".")[-2]:
+        case "wo" | "w2":
+            return 1  # row parallel: the inputs are cut
+        case "attention_norm" | "ffn_norm" | "norm":
+            return None
+        case _:
+            return 0  # column parallel; embedding and output are cut along the vocabulary
+
+
+def check_layout(shape: ModelShape, layout: Layout, replicas: int) -> None:
+    """InputError if the model cannot be cut this way."""
+
+    def refuse(what: str, why: str) -> None:
+        raise InputError(what, where="layout", why=why, next=f"Change parallelism {layout} or the model.")
+
+    for noun, count in (
+        ("heads", shape.heads),
+        ("KV heads", shape.kv_heads),
+        ("FFN columns", shape.ffn_dim),
+        ("vocabulary entries", shape.vocabulary),
+    ):
+        if count % layout.tp:
+            refuse(f"tensor parallel {layout.tp} does not fit", f"it does not divide {count:,} {noun}")
+    if shape.layers < layout.pp:
+        refuse(f"pipeline parallel {layout.pp} does not fit", f"the model has {shape.layers} layers")
+    if layout.cp != 1:
+        refuse(f"context parallel {layout.cp} does not fit", "the built-in trainer has none yet")
+    if replicas % layout.dp:
+        refuse(f"{layout.dp} replicas do not fit", f"they do not divide the {replicas} that were asked for")
+    if shape.dim % shape.heads or shape.head_dim % 2:
+        refuse(f"dim {shape.dim} does not fit", f"it is no even multiple of {shape.heads} heads")
+    if shape.heads % shape.kv_heads:
+        refuse(f"{shape.kv_heads} KV heads do not fit", f"they do not divide {shape.heads} heads")
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
