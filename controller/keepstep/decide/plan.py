@@ -1,0 +1,161 @@
+"""What a decision comes to: changes of the desired state, each with its reason and what was rejected.
+
+A plan is never replayed onto a changed world: the store takes it together with the desired state, and applying
+means reconciling agents towards that state as often as needed.
+"""
+
+from dataclasses import dataclass, field
+
+from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
+from keepstep.core.layout import Layout
+from keepstep.core.states import NodeEvent
+from keepstep.decide.view import Link, Stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    option: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What went wrong with an attempt, who is to blame, and how one knows."""
+
+    kind: str  # crashed | node lost | silent | stalled start | refused | exited early
+    what: str  # one sentence
+    blame: str  # "job" | "infrastructure"
+    rank: Rank | None = None  # the culprit
+    node: Node | None = None
+    began_s: float = 0.0  # ago: when it happened, as far as is known
+    signature: str = ""
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    job: JobId
+    reason: str
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place(Change):
+    """Start the next attempt: a row of the store first, then launches."""
+
+    attempt: Attempt
+    nodes: tuple[Node, ...]  # by node rank
+    spares: tuple[Node, ...] = ()
+    layout: Layout
+    link: Link
+    restore: Stored | None  # None: from nothing (or a script that restores itself)
+    rung: str  # "first" | "in place" | "spare" | "fewer replicas" | "grow" | "requeued"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Go(Change):
+    """Every node is prepared: start the ranks."""
+
+    attempt: Attempt
+    master: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped(Change):
+    """The attempt completed its first step: the job runs, its incident is over."""
+
+    attempt: Attempt
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End(Change):
+    """End the attempt's ranks wherever they can be reached. Nothing starts before `Dead`."""
+
+    attempt: Attempt
+    grace_s: float = 0.0
+    verdict: Verdict | None = None  # None: wanted by a person, or to grow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dead(Change):
+    """Nothing of the attempt can step, write or come back."""
+
+    attempt: Attempt
+    how: str  # "confirmed" | "fenced" | "self-fence" | "lease"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Complete(Change):
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requeue(Change):
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp(Change):
+    """The job failed for good."""
+
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest(Change):
+    """A queued job becomes suspended or cancelled, as its owner wants."""
+
+    to: str  # "suspended" | "cancelled" | "queued"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait(Change):
+    """Nothing changes, and why. Written down only when the reason is a new one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collect(Change):
+    """Ask a node for something the decision needs; the answer comes in a later view."""
+
+    kind: str  # "inventory"
+    node: Node
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkNode:
+    node: Node
+    event: NodeEvent
+    reason: str
+
+
+JobChange = Place | Go | Stepped | End | Dead | Complete | Requeue | GiveUp | Rest | Wait | Collect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    changes: tuple[JobChange, ...] = ()
+    marks: tuple[MarkNode, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The operator's bounds. Seconds unless a name says otherwise."""
+
+    silent_after_s: float = 3.0  # without a word from an agent that should report each second
+    silent_gang_bound_s: float = 15.0  # a silent node *and* no step of its gang for this long: end what can be reached
+    confirm_reset_s: float = 2.0  # a reset connection and failed reconnections for this long: dead, if its pool agrees
+    prepare_within_s: float = 300.0
+    start_within_s: float = 600.0  # from go to a rank's first sign of life; steps may take longer
+    end_within_s: float = 60.0  # then the reason names what does not die
+    return_within_s: float = 10.0  # agents' time to come back after a controller's start
+    fence_margin_s: float = 5.0
+    orphan_lease_s: float = 3600.0
+    collect_within_s: float = 10.0
+    backoff_first_s: float = 1.0
+    backoff_max_s: float = 300.0
+    same_failure_max: int = 3  # the same signature at the same step, without progress between: a crash loop
+    no_progress_max: int = 10  # attempts in a row without a new step, whoever is to blame
+    grow_after_s: float = 10.0  # a returned node must have been ready for this long
+    capacity: dict[str, float] = field(default_factory=dict)

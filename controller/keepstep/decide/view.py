@@ -1,0 +1,185 @@
+"""What decisions are taken from: one frozen picture of jobs and nodes.
+
+Ages are seconds by the controller's own monotonic clock and by the rule for late observers: an observer whose
+own tick came late has counted one period of silence, no more. Nothing in a view is a moment in time, so a
+view means the same when it is replayed from the store years later.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
+from keepstep.core.job import JobSpec
+from keepstep.core.layout import Layout
+from keepstep.core.states import AttemptState, JobState, NodeState
+
+
+class Wanted(StrEnum):
+    """What its owner wants of a job."""
+
+    RUN = "run"
+    SUSPEND = "suspend"
+    CANCEL = "cancel"
+
+
+class PartPhase(StrEnum):
+    """Where one node's part of an attempt is, as its agent reports it."""
+
+    UNKNOWN = "unknown"  # no agent has reported it (yet)
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    RUNNING = "running"
+    ENDING = "ending"
+    DEAD = "dead"  # no descendant is left
+    REFUSED = "refused"  # the node cannot run it; the reason says why
+
+
+class RankPhase(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    EXITED = "exited"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeView:
+    name: Node
+    pool: str
+    slots: int
+    state: NodeState = NodeState.READY
+    connected: bool = True
+    silence_s: float = 0.0  # since its last word; 0 while it talks
+    confirmed: str = ""  # positive evidence that the node or its agent's processes are dead, or ""
+    reset: bool = False  # its connection was reset or closed, rather than gone quiet
+    cordoned: bool = False
+    attached: JobId | None = None  # serves this job only (`keepstep run`)
+    warm_for: frozenset[JobId] = frozenset()  # has a loaded standby server for these
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankView:
+    rank: Rank
+    phase: RankPhase = RankPhase.UNKNOWN
+    exit_code: int | None = None
+    signal: int | None = None
+    exited_age_s: float | None = None
+    exit_order: int = 0  # among the ranks of its node, 1: first
+    step: int = -1  # completed steps; -1: never seen to step
+    doing: str = ""  # the beacon's phase
+    doing_age_s: float | None = None
+    error: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.phase is RankPhase.EXITED and self.exit_code != 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartView:
+    """One node's part of an attempt. `phase` is what was last heard; `heard` says if that is still current."""
+
+    node: Node
+    phase: PartPhase = PartPhase.UNKNOWN
+    heard: bool = False  # reported over the node's present connection
+    reason: str = ""
+    alive: int = 0
+    master: tuple[str, int] | None = None
+    ranks: tuple[RankView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One attempt's place in the lineage: it began from its parent's state after `parent_step` steps."""
+
+    attempt: Attempt
+    parent: Attempt = Attempt(0)  # 0: from nothing
+    parent_step: Step = Step(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptView:
+    number: Attempt
+    state: AttemptState
+    layout: Layout
+    parts: tuple[PartView, ...]  # by node rank
+    spares: tuple[Node, ...] = ()
+    age_s: float = 0.0  # in its present state
+    step: int = -1  # completed steps of the gang (the least over ranks that step), over all it was seen to do
+    step_age_s: float = 0.0  # since any rank's step advanced; since `go` before the first one
+    stepped: bool = False  # in this attempt
+    master: tuple[str, int] | None = None
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return tuple(part.node for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An earlier failure, for budgets and back-off."""
+
+    age_s: float
+    blame: str  # "job" | "infrastructure"
+    attempt: Attempt
+    step: int
+    signature: str = ""  # rank-independent: exit code or signal and first error line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A complete checkpoint in the job's folder."""
+
+    attempt: Attempt
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """What a node found in the checkpoint folder, after `after_attempt` was dead."""
+
+    after_attempt: Attempt
+    node: Node
+    stored: tuple[Stored, ...]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A question that is under way."""
+
+    kind: str  # "inventory"
+    node: Node
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobView:
+    id: JobId
+    spec: JobSpec
+    state: JobState
+    wanted: Wanted = Wanted.RUN
+    reason: str = ""  # as it was last written down: an unchanged reason is not written again
+    number: int = 0  # order of submission
+    attempt: AttemptView | None = None  # the present one, until it has ended
+    attempts: int = 0  # numbers used so far
+    lineage: tuple[Link, ...] = ()  # of all attempts, oldest first
+    steps_done: int = -1  # the newest step that any attempt completed
+    failures: tuple[Failure, ...] = ()
+    wait_s: float = 0.0  # back-off that is left
+    queued_s: float = 0.0
+    inventory: Inventory | None = None
+    asked: tuple[Asked, ...] = ()
+    attached: Node | None = None
+    incident: int | None = None  # the open one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    jobs: tuple[JobView, ...] = ()  # unfinished ones
+    nodes: tuple[NodeView, ...] = ()
+    up_s: float = 0.0  # since this controller took its term: agents need a moment to come back
+
+    def node(self, name: Node) -> NodeView | None:
+        return next((node for node in self.nodes if node.name == name), None)
