@@ -1,0 +1,176 @@
+"""What a rank tells about itself while it trains.
+
+The agent judges a rank by its beacon, one page of shared memory. A session writes that page: which phase the
+rank is in, which steps are done, what it waits for. A mark costs about a microsecond and no system call, so
+it belongs into the innermost loop; nothing here blocks, raises for the world's reasons, or needs torch.
+
+Any script can say more about itself than what keepstep finds out alone:
+
+    from keepstep.session import Phase, current
+
+    session = current()                   # silent when the script does not run under keepstep
+    for step in range(first, last):
+        session.phase(Phase.FORWARD)      # the time since the last phase is what a hang is judged by
+        ...
+        session.step_done(step + 1, loss=loss, tokens_per_s=rate)
+        if saved:
+            session.checkpointed(step + 1)
+"""
+
+import functools
+import logging
+import math
+import mmap
+import os
+import time
+from pathlib import Path
+
+from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Point, writer_of
+
+_MEMFD = "keepstep-beacon"  # the name that the shim gives its pages
+_NAN = math.nan
+_log = logging.getLogger("keepstep.session")
+
+
+class Session:
+    """One rank's marks. `attached` is False outside of keepstep: then they go to a page that nobody reads.
+
+    For one thread: the one that trains. A background thread hands its news over (see llama.checkpoint).
+    """
+
+    def __init__(self, page: mmap.mmap, *, rank: int, world_size: int, attached: bool) -> None:
+        self.rank, self.world_size, self.attached = rank, world_size, attached
+        self._writer = BeaconWriter(page, rank=rank, world_size=world_size)
+        now = self._writer.now
+        self._step, self._step_ns = now.step, now.step_ns
+        self._micro_batch, self._peer = 0, -1
+        self._phase, self._phase_ns = int(Phase.STARTING), time.monotonic_ns()
+        self._launched, self._completed = now.launched, now.completed
+        self._checkpoint_step, self._stall_ns = now.checkpoint_step, now.stall_ns
+        self._group, self._group_sequence = b"", 0
+        self._publish()
+
+    def phase(
+        self,
+        phase: Phase,
+        micro_batch: int = 0,
+        peer: int = -1,
+        group: str = "",
+        group_sequence: int = 0,
+    ) -> None:
+        """Enter a phase: what the rank does from now on, and which peer or group it waits for in it.
+
+        `peer` is a global rank of the pipeline, `group` a name of up to 15 bytes ("dp", "tp.3") with the
+        number of the collective in it.
+        """
+        self._phase, self._phase_ns = phase, time.monotonic_ns()
+        self._micro_batch, self._peer = micro_batch, peer
+        self._group = group.encode()[:15] if group else b""
+        self._group_sequence = group_sequence
+        self._publish()
+
+    def step_done(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        grad_norm: float | None = None,
+        tokens_per_s: float | None = None,
+        tflops: float | None = None,
+        mfu: float | None = None,
+    ) -> None:
+        """An optimizer step is complete; `step` counts the completed ones of the job, so the first is 1.
+
+        What is None is not known to this rank; a NaN is a finding. Rates are the whole job's tokens and one
+        GPU's (slot's) teraflops.
+        """
+        self._step, self._step_ns = step, time.monotonic_ns()
+        self._publish()
+        if loss is None and grad_norm is None and tokens_per_s is None and tflops is None and mfu is None:
+            return
+        self._writer.point(
+            Point(
+                step=step,
+                at_ns=self._step_ns,
+                loss=_NAN if loss is None else loss,
+                grad_norm=_NAN if grad_norm is None else grad_norm,
+                tokens_per_s=_NAN if tokens_per_s is None else tokens_per_s,
+                tflops=_NAN if tflops is None else tflops,
+                mfu=_NAN if mfu is None else mfu,
+            )
+        )
+
+    def resumed(self, step: int) -> None:
+        """The job goes on from a restored state after `step` completed steps; no step was done for it."""
+        self._step = step
+        self._publish()
+
+    def checkpointed(self, step: int) -> None:
+        """The checkpoint after `step` completed steps is whole."""
+        self._checkpoint_step = step
+        self._publish()
+
+    def stalled(self, ns: int) -> None:
+        """Training stood still for `ns` nanoseconds because of a checkpoint."""
+        self._stall_ns += ns
+        self._publish()
+
+    def launched(self, count: int = 1) -> None:
+        """Collectives or sends were started."""
+        self._launched += count
+        self._publish()
+
+    def completed(self, count: int = 1) -> None:
+        """Collectives or sends were finished."""
+        self._completed += count
+        self._publish()
+
+    def _publish(self) -> None:
+        self._writer.put(
+            self._step, self._micro_batch, self._phase, self._phase_ns, self._step_ns, self._launched,
+            self._completed, self._checkpoint_step, self._peer, self._stall_ns, self._group,
+            self._group_sequence,
+        )  # fmt: skip
+
+
+def current() -> Session:
+    """This process's session: always the same one, and a silent one in whatever is not the rank itself."""
+    return _opened(os.getpid())  # by process: a forked worker must not go on in its parent's name
+
+
+@functools.cache
+def _opened(pid: int) -> Session:
+    page = _beacon(pid)
+    return Session(
+        page if page is not None else mmap.mmap(-1, PAGE),
+        rank=_number("RANK", 0),
+        world_size=_number("WORLD_SIZE", 1),
+        attached=page is not None,
+    )
+
+
+def _beacon(pid: int) -> mmap.mmap | None:
+    """The rank's page, unless there is none or it is another living process's (this one is its child)."""
+    descriptor = _number("KEEPSTEP_BEACON_FD", -1)
+    if descriptor < 0:
+        return None
+    try:
+        # A script may have closed all descriptors and opened a file under this number: never write to that.
+        if _MEMFD not in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            _log.warning("descriptor %d is not the beacon any more; progress is not reported", descriptor)
+            return None
+        page = mmap.mmap(descriptor, PAGE)
+    except (OSError, ValueError) as error:
+        _log.warning("the beacon cannot be opened, progress is not reported: %s", error)
+        return None
+    writer = writer_of(page)
+    if writer not in {0, pid} and Path(f"/proc/{writer}").exists():
+        return None
+    return page
+
+
+def _number(name: str, otherwise: int) -> int:
+    try:
+        return int(os.environ.get(name, ""))
+    except ValueError:
+        return otherwise
