@@ -1,7 +1,7 @@
 """What a decision comes to: changes of the desired state, each with its reason and what was rejected.
 
-A plan is never replayed onto a changed world: the store takes it together with the desired state, and applying
-means reconciling agents towards that state as often as needed.
+A plan is never replayed onto a changed world: the store takes it together with the desired state, and
+applying means reconciling agents towards that state as often as needed.
 """
 
 from dataclasses import dataclass, field
@@ -30,6 +30,8 @@ class Verdict:
     began_s: float = 0.0  # ago: when it happened, as far as is known
     signature: str = ""
     evidence: tuple[str, ...] = ()
+    exit_code: int | None = None  # the culprit's; 128 + n for signal n
+    error: str = ""  # the culprit's first error line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,7 @@ class End(Change):
     attempt: Attempt
     grace_s: float = 0.0
     verdict: Verdict | None = None  # None: wanted by a person, or to grow
+    finish_s: float = 0.0  # a rank that has a regular file open for writing gets this long to finish it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,12 @@ class Rest(Change):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait(Change):
-    """Nothing changes, and why. Written down only when the reason is a new one."""
+    """Nothing changes, and why. Written down only when the reason is a new one.
+
+    Its figures are bounds, not ages, so that the reason stays the same while the wait lasts.
+    """
+
+    due_s: float = 0.0  # from now, when the wait ends by itself or is looked at from another side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,18 +152,24 @@ class Policy:
     """The operator's bounds. Seconds unless a name says otherwise."""
 
     silent_after_s: float = 3.0  # without a word from an agent that should report each second
-    silent_gang_bound_s: float = 15.0  # a silent node *and* no step of its gang for this long: end what can be reached
-    confirm_reset_s: float = 2.0  # a reset connection and failed reconnections for this long: dead, if its pool agrees
-    prepare_within_s: float = 300.0
+    silent_gang_bound_s: float = 15.0  # a silent node *and* no step of its gang for this long: end the rest
+    confirm_reset_s: float = 2.0  # a reset connection, failed reconnections for this long, its pool agrees
+    prepare_within_s: float = 300.0  # the job's own bound holds where it is shorter
     start_within_s: float = 600.0  # from go to a rank's first sign of life; steps may take longer
     end_within_s: float = 60.0  # then the reason names what does not die
     return_within_s: float = 10.0  # agents' time to come back after a controller's start
     fence_margin_s: float = 5.0
-    orphan_lease_s: float = 3600.0
+    orphan_lease_s: float = 3600.0  # the job's own bound holds where it is shorter (death.orphan_lease_s)
     collect_within_s: float = 10.0
-    backoff_first_s: float = 1.0
-    backoff_max_s: float = 300.0
+    backoff_first_s: float = 1.0  # at least; the rest is the job's to say
+    backoff_max_s: float = 300.0  # at most
     same_failure_max: int = 3  # the same signature at the same step, without progress between: a crash loop
     no_progress_max: int = 10  # attempts in a row without a new step, whoever is to blame
     grow_after_s: float = 10.0  # a returned node must have been ready for this long
+    grow_within_s: float = 600.0  # how long growing waits for a checkpoint to grow from
+    settle_s: float = 1.0  # how long a death that looks like a peer's fault waits for word of that peer
+    step_bound_factor: float = 3.0  # a gang has stopped when it is this many usual steps late
+    in_place_max: int = 3  # fruitless failures in a row that began on one node, before it is replaced
+    lived_s: float = 600.0  # an attempt that shows no steps and lasted this long has made progress
+    hold_after_s: float = 300.0  # a job that waited this long has nodes held for it against later ones
     capacity: dict[str, float] = field(default_factory=dict)

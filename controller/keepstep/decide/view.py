@@ -15,6 +15,10 @@ from keepstep.core.layout import Layout
 from keepstep.core.states import AttemptState, JobState, NodeState
 
 
+NOTHING = Attempt(0)  # the parent of an attempt that begins from nothing
+BEGINNING = Step(0)
+
+
 class Wanted(StrEnum):
     """What its owner wants of a job."""
 
@@ -55,6 +59,8 @@ class NodeView:
     cordoned: bool = False
     attached: JobId | None = None  # serves this job only (`keepstep run`)
     warm_for: frozenset[JobId] = frozenset()  # has a loaded standby server for these
+    ready_s: float = 0.0  # since it became ready, without a break
+    lingering: frozenset[JobId] = frozenset()  # something of an ended attempt of these still lives on it
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,7 +84,7 @@ class RankView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartView:
-    """One node's part of an attempt. `phase` is what was last heard; `heard` says if that is still current."""
+    """One node's part of an attempt. `phase` is what was last heard; `heard` says if it is still current."""
 
     node: Node
     phase: PartPhase = PartPhase.UNKNOWN
@@ -94,8 +100,8 @@ class Link:
     """One attempt's place in the lineage: it began from its parent's state after `parent_step` steps."""
 
     attempt: Attempt
-    parent: Attempt = Attempt(0)  # 0: from nothing
-    parent_step: Step = Step(0)
+    parent: Attempt = NOTHING
+    parent_step: Step = BEGINNING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +116,11 @@ class AttemptView:
     step_age_s: float = 0.0  # since any rank's step advanced; since `go` before the first one
     stepped: bool = False  # in this attempt
     master: tuple[str, int] | None = None
+    went: bool = True  # it was told to go; False: no rank of it was ever started
+    still_s: float = 0.0  # since the newest death of a part was heard or confirmed
+    progress_age_s: float | None = None  # since any counter of a reachable rank moved; None: nobody counts
+    step_every_s: float = 0.0  # how long a step usually takes (the longest of the last few); 0: not known yet
+    checkpoint_step: int = -1  # the newest complete checkpoint it reported
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -125,6 +136,9 @@ class Failure:
     attempt: Attempt
     step: int
     signature: str = ""  # rank-independent: exit code or signal and first error line
+    node: Node | None = None  # where it began, when that is known
+    exit_code: int | None = None  # the culprit's, for the job's own
+    error: str = ""  # its first error line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +169,17 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The last attempt that ended: where it ran, and how one knew that it was dead."""
+
+    number: Attempt
+    nodes: tuple[Node, ...]
+    spares: tuple[Node, ...] = ()
+    layout: Layout
+    how: str = "confirmed"  # as `Dead` said it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobView:
     id: JobId
     spec: JobSpec
@@ -173,6 +198,7 @@ class JobView:
     asked: tuple[Asked, ...] = ()
     attached: Node | None = None
     incident: int | None = None  # the open one
+    ended: Ended | None = None  # None before the first attempt has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
