@@ -1,0 +1,153 @@
+"""One process: the model is Hugging Face's Llama to rounding, and packing documents changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from keepstep.core.layout import Coordinates, Layout
+from keepstep.llama.flat import FlatIndex, FlatState
+from keepstep.llama.initial import initialise
+from keepstep.llama.microbatch import Rotation, Sequences, micro_batches, spans_of, targets_of
+from keepstep.llama.model import Stage
+from keepstep.llama.shape import ModelShape
+from keepstep.llama.tensor_parallel import TensorParallel
+from torch import Tensor
+
+SHAPE = ModelShape(layers=2, dim=64, ffn_dim=96, heads=4, kv_heads=2, vocabulary=68, max_seq=64)
+CPU = torch.device("cpu")
+
+
+def whole(sequences: int, seq: int) -> Sequences:
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(SHAPE.vocabulary, (sequences, seq + 1), generator=generator)
+    positions = torch.arange(seq).expand(sequences, seq)
+    return Sequences(tokens, torch.zeros(sequences, seq, dtype=torch.int32), positions)
+
+
+def model() -> tuple[FlatState, Stage]:
+    index = FlatIndex.of(SHAPE, Layout(), Coordinates(dp=0, pp=0, cp=0, tp=0))
+    state = FlatState(index, 0, device=CPU, dtype=torch.float32)
+    initialise(state, SHAPE, seed=3)
+    return state, Stage(SHAPE, state, TensorParallel(), pp=1, stage=0)
+
+
+def run(stage: Stage, sequences: Sequences, scale: float) -> Tensor:
+    """Forward and backward of the whole; the loss, gradients added into the state."""
+    total = torch.zeros(())
+    for batch in micro_batches(
+        sequences,
+        targets_of(sequences),
+        size=2,
+        scale=scale,
+        rotation=Rotation(SHAPE, CPU),
+        dtype=torch.float32,
+    ):
+        loss = stage(batch.tokens, batch=batch)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+@pytest.fixture(scope="module")
+def hugging_face():  # type: ignore[no-untyped-def]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=SHAPE.dim, intermediate_size=SHAPE.ffn_dim, num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads, num_key_value_heads=SHAPE.kv_heads, vocab_size=SHAPE.vocabulary,
+        max_position_embeddings=SHAPE.max_seq, rms_norm_eps=SHAPE.norm_eps, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": SHAPE.rope_theta},
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+NAMES = {
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "w1": "mlp.gate_proj",
+    "w3": "mlp.up_proj", "w2": "mlp.down_proj", "embedding": "model.embed_tokens", "norm": "model.norm",
+    "output": "lm_head",
+}  # fmt: skip
+
+
+def theirs(name: str) -> str:
+    *_, part, _weight = name.split(".")
+    layer = f"model.layers.{name.split('.')[1]}." if name.startswith("layers.") else ""
+    return f"{layer}{NAMES[part]}.weight"
+
+
+def test_logits_loss_and_gradients_are_those_of_hugging_face(hugging_face) -> None:  # type: ignore[no-untyped-def]
+    state, stage = model()
+    torch.nn.init.normal_(state.weights, std=0.05, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for name, parameter in hugging_face.named_parameters():
+            ours = next(p.name for p in state.index.parameters if theirs(p.name) == name)
+            parameter.copy_(state.weight(ours))
+    data = whole(2, 32)
+    answer = hugging_face(input_ids=data.tokens[:, :-1], labels=None)
+    (batch,) = micro_batches(
+        data, targets_of(data), size=2, scale=1 / 64, rotation=Rotation(SHAPE, CPU), dtype=torch.float32
+    )
+    logits = stage(batch.tokens, batch=replace(batch, targets=None))
+    torch.testing.assert_close(logits.view_as(answer.logits), answer.logits, atol=1e-5, rtol=1e-5)
+
+    loss = torch.nn.functional.cross_entropy(answer.logits.flatten(0, 1), data.tokens[:, 1:].flatten())
+    loss.backward()
+    ours_loss = run(stage, data, 1 / 64)
+    assert abs(ours_loss.item() - loss.item()) < 1e-5
+    gradients = dict(hugging_face.named_parameters())
+    for parameter in state.index.parameters:
+        expected = gradients[theirs(parameter.name)].grad
+        torch.testing.assert_close(state.grad(parameter.name), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_documents_give_the_loss_and_gradients_of_each_alone() -> None:
+    lengths = (9, 16, 7)
+    packed = Sequences(
+        whole(1, sum(lengths)).tokens,
+        torch.repeat_interleave(torch.tensor(lengths)).view(1, -1).int(),
+        torch.cat([torch.arange(n) for n in lengths]).view(1, -1),
+    )
+    # Each document alone predicts its own tokens; the last one's last target is the token past the sequence.
+    valid = int((targets_of(packed) >= 0).sum())
+    assert valid == sum(lengths) - (len(lengths) - 1)
+    state, stage = model()
+    loss = run(stage, packed, 1 / valid)
+    gradients = state.grads.clone()
+
+    state.grads.zero_()
+    total, start = 0.0, 0
+    for k, length in enumerate(lengths):
+        keep = length if k == len(lengths) - 1 else length - 1  # its last token predicts nothing
+        alone = replace(whole(1, keep), tokens=packed.tokens[:, start : start + keep + 1])
+        total += float(run(stage, alone, 1 / valid))
+        start += length
+    assert abs(total - float(loss)) < 1e-6
+    torch.testing.assert_close(gradients, state.grads, atol=1e-6, rtol=1e-5)
+
+
+def test_a_document_does_not_see_its_neighbour() -> None:
+    packed = Sequences(
+        whole(1, 32).tokens,
+        torch.arange(2).repeat_interleave(16).view(1, -1),
+        torch.arange(16).repeat(2).view(1, -1),
+    )
+    _, stage = model()
+
+    def logits() -> Tensor:
+        (batch,) = micro_batches(
+            packed, targets_of(packed), size=1, scale=1, rotation=Rotation(SHAPE, CPU), dtype=torch.float32
+        )
+        out: Tensor = stage(batch.tokens, batch=replace(batch, targets=None)).detach()
+        return out
+
+    before = logits()
+    packed.tokens[0, 3] = (packed.tokens[0, 3] + 1) % SHAPE.vocabulary
+    after = logits()
+    assert torch.equal(before[16:], after[16:])
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.equal(before[3:16], after[3:16])
+
+
+def test_spans_end_with_their_sequence() -> None:
+    documents = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert spans_of(documents) == (2, 2, 4)

@@ -1,0 +1,117 @@
+"""What a rank is told about its job: the file that KEEPSTEP_JOB_FILE names, checked."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from keepstep.core.errors import InputError
+from keepstep.core.layout import Layout
+from keepstep.llama.flat import check_layout
+from keepstep.llama.optimizer import OptimizerConfig
+from keepstep.llama.shape import ModelShape
+
+COLLECTIVE_TIMEOUT_S = 600.0  # hangs are found by the agents, long before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    id: str
+    attempt: int
+    layout: Layout
+    replicas: int  # that the spec asked for; the present dp divides it, and the result is the same
+    shape: ModelShape
+    data: Mapping[str, Any]  # source, path, seed
+    steps: int
+    global_tokens: int  # of a step
+    seq: int
+    micro_batch: int  # sequences
+    optimizer: OptimizerConfig
+    seed: int
+    checkpoint: Mapping[str, Any] | None  # dir, every_steps, keep
+    restore: Mapping[str, Any] | None  # attempt, step
+    init_from: str | None
+    timeout_s: float  # of every collective
+
+    @property
+    def sequences(self) -> int:
+        """Of a step, over all replicas."""
+        return self.global_tokens // self.seq
+
+    @property
+    def sequences_per_replica(self) -> int:
+        return self.sequences // self.replicas
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a replica in a step."""
+        return self.sequences_per_replica // self.micro_batch
+
+    @classmethod
+    def read(cls, path: Path) -> "TrainJob":
+        try:
+            return cls.parse(json.loads(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise InputError("the job file cannot be read", where=str(path), why=str(error)) from error
+
+    @classmethod
+    def of_environment(cls) -> "TrainJob":
+        name = os.environ.get("KEEPSTEP_JOB_FILE")
+        if not name:
+            raise InputError(
+                "there is no job to train", where="KEEPSTEP_JOB_FILE", why="the variable is not set",
+                next="Submit a job whose run is `llama`; keepstep starts this program for each rank.",
+            )  # fmt: skip
+        return cls.read(Path(name))
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> "TrainJob":
+        """InputError for what is missing and for a layout that fits neither model nor batch."""
+        try:
+            layout = Layout(**value["layout"])
+            batch = value["batch"]
+            job = cls(
+                id=value["job"], attempt=value.get("attempt", 1), layout=layout,
+                replicas=value.get("virtual_dp") or layout.dp, shape=_shape(value["model"]),
+                data=value.get("data") or {}, steps=value["steps"], global_tokens=batch["global_tokens"],
+                seq=batch["seq"], micro_batch=batch.get("micro_batch") or batch.get("micro") or 1,
+                optimizer=OptimizerConfig.parse(value.get("optimizer") or {}), seed=value.get("seed", 0),
+                checkpoint=value.get("checkpoint"), restore=value.get("restore"),
+                init_from=value.get("init_from"), timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
+            )  # fmt: skip
+        except KeyError as error:
+            raise InputError(f"the job has no {error}", where="job file") from error
+        job.check()
+        return job
+
+    def check(self) -> None:
+        check_layout(self.shape, self.layout, self.replicas)
+        for number, noun, part, reason in (
+            (self.global_tokens, "tokens of a step", self.seq, "the length of a sequence"),
+            (self.sequences, "sequences of a step", self.replicas, "the number of replicas"),
+            (self.sequences_per_replica, "sequences of a replica", self.micro_batch, "the micro-batch"),
+            (self.micro_batch * self.seq, "tokens of a micro-batch", self.layout.tp, "tensor parallel"),
+        ):
+            if number % part:
+                raise InputError(
+                    f"{number:,} {noun} cannot be cut", where="batch", why=f"{reason}, {part:,}, does not divide it",
+                    next="Choose a global batch that is a multiple of seq x replicas x micro-batch.",
+                )  # fmt: skip
+        if self.seq > self.shape.max_seq:
+            raise InputError(
+                f"sequences of {self.seq:,} tokens are too long", where="batch.seq",
+                why=f"the model has positions up to {self.shape.max_seq:,}", next="Raise model.max_seq.",
+            )  # fmt: skip
+        if self.micro_batches < self.layout.pp:
+            raise InputError(
+                f"{self.micro_batches} micro-batches do not fill {self.layout.pp} pipeline stages", where="batch",
+                why="1F1B needs at least as many micro-batches as stages",
+                next="Raise global_tokens, or lower seq or the micro-batch.",
+            )  # fmt: skip
+
+
+def _shape(model: Mapping[str, Any]) -> ModelShape:
+    known = {field.name for field in fields(ModelShape)}
+    return ModelShape(**{name: value for name, value in model.items() if name in known})

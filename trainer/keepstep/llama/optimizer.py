@@ -1,0 +1,180 @@
+"""AdamW over flat buffers, each replica updating the range it owns (ZeRO stage 1).
+
+One update: gradients of all replicas are exchanged so that each owner adds those of its range; a few numbers
+are gathered from every rank (loss, squared norm); the owner clips and updates; the new weights are gathered.
+
+Sums are made in a fixed order that does not depend on the present number of replicas. A job that asked for
+four replicas and has two left lets each compute the gradients of two, keeps them apart until they are added
+in the old order, and so gets the old result bit by bit (on CPU; NCCL adds in an order of its own).
+
+Norm weights do not decay, matrices do. Gradients are fp32, whatever the weights are.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from keepstep.core.errors import InputError
+from keepstep.llama.flat import FlatState
+from keepstep.llama.parallel import Groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """Llama 3's recipe, scaled to small runs: linear warm-up to the peak, then cosine down to min_lr."""
+
+    lr: float = 1e-3  # peak
+    min_lr: float = 1e-4  # at the last step
+    warmup_steps: int = 10
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only
+    clip: float = 1.0  # global norm of the gradient; 0: never
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> "OptimizerConfig":
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(
+                f"unknown: {', '.join(unknown)}",
+                where="optimizer",
+                next=f"Known: {', '.join(sorted(known))}.",
+            )
+        return cls(**values)
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Of the update that follows `step` completed ones."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        part = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * part))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What everybody knows after an update."""
+
+    loss: float  # mean over the valid tokens of the global batch, before the update
+    grad_norm: float  # global, before clipping
+    asked: bool  # some rank asked for attention (a stop signal reached it)
+
+
+class Gradients:
+    """Collects the gradient buffers of this rank's replicas and gives the owned range of their sum."""
+
+    def __init__(self, state: FlatState, groups: Groups) -> None:
+        index = state.index
+        self.state, self.groups = state, groups
+        self.mine = index.replicas // index.dp  # replicas that this rank computes
+        # NCCL adds while it reduces; elsewhere, and where one rank stands for several replicas, blocks are
+        # kept apart until all are here: received[replica][sender].
+        self.direct = state.grads.is_cuda and self.mine == 1
+        self.received = torch.empty(0)
+        if not self.direct and index.replicas > 1:
+            shape = (self.mine, index.dp, index.shard)
+            self.received = torch.empty(shape, device=state.grads.device)
+        self.owned = (
+            state.grads if index.replicas == 1 else torch.empty(index.shard, device=state.grads.device)
+        )
+
+    def collect(self, replica: int) -> None:
+        """Takes state.grads as the gradient of this rank's replica number `replica` (0-based)."""
+        state, index = self.state, self.state.index
+        if self.groups.tp is not None:  # each tensor rank saw a share of the tokens only
+            dist.all_reduce(state.grads[index.matrices : index.used], group=self.groups.tp)
+        if self.direct:
+            if index.dp > 1:
+                dist.reduce_scatter_tensor(self.owned, state.grads, group=self.groups.dp)
+        elif index.dp > 1:
+            dist.all_to_all_single(self.received[replica].view(-1), state.grads, group=self.groups.dp)
+        elif index.replicas > 1:
+            self.received[replica, 0].copy_(state.grads)
+
+    def sum(self) -> Tensor:
+        if not self.direct and self.state.index.replicas > 1:
+            senders = range(self.state.index.dp)
+            blocks = [self.received[k, sender] for sender in senders for k in range(self.mine)]
+            torch.add(blocks[0], blocks[1], out=self.owned)
+            for block in blocks[2:]:
+                self.owned.add_(block)
+        return self.owned
+
+
+class ShardedAdamW:
+    def __init__(self, state: FlatState, groups: Groups, config: OptimizerConfig) -> None:
+        self.state, self.groups, self.config = state, groups, config
+        self.gradients = Gradients(state, groups)
+        index = state.index
+        owned = index.owned(state.dp_rank)
+        self._decaying = max(0, min(index.matrices - owned.start, index.shard))  # elements of the owned range
+        # Squared norms per replica-sized piece, in flat order: the same pieces whatever dp is now.
+        piece = index.length // index.replicas
+        stop = index.used if groups.at.tp == 0 else index.matrices  # norms count once
+        self._pieces = [
+            slice(min(k, stop) - owned.start, min(k + piece, stop) - owned.start)
+            for k in range(owned.start, owned.stop, piece)
+        ]
+        self._count = torch.zeros((), device=state.state.device)
+
+    def update(self, losses: Tensor, *, lr: float, ask: bool = False) -> Update:
+        """One step. `losses` [replicas of this rank], zero but on the ranks that count.
+
+        The gradient is finite or the update does not happen: a NaN would reach every weight.
+        """
+        grads = self.gradients.sum()
+        squares = torch.stack([torch.linalg.vector_norm(grads[piece]).square() for piece in self._pieces])
+        asks = torch.full_like(losses, float(ask))
+        loss, square, asked = self._totals(torch.stack((losses, squares, asks), dim=1).double())
+        norm = math.sqrt(square)
+        if math.isfinite(norm):
+            too_long = self.config.clip and norm > self.config.clip
+            self._adamw(grads, lr, norm / self.config.clip if too_long else 1.0)
+        self.publish()
+        self.state.step += 1
+        return Update(loss=loss, grad_norm=norm, asked=asked > 0)
+
+    def publish(self) -> None:
+        """Every rank's weights from the owners' master weights: after an update and after a restore."""
+        state = self.state
+        if state.shared:
+            return
+        if state.index.dp == 1:
+            state.weights.copy_(state.master)
+            return
+        own = state.master if state.weights.dtype == torch.float32 else state.master.to(state.weights.dtype)
+        dist.all_gather_into_tensor(state.weights, own, group=self.groups.dp)
+
+    def _totals(self, mine: Tensor) -> list[float]:
+        """[replicas of this rank, n] summed over all ranks, in the order of replica, stage, shard."""
+        layout, rows = self.groups.layout, mine
+        if self.groups.world is not None:
+            every = mine.new_empty(layout.world_size * mine.shape[0], mine.shape[1])
+            dist.all_gather_into_tensor(every, mine, group=self.groups.world)
+            by_replica = every.view(layout.dp, layout.replica_size, *mine.shape).transpose(1, 2)
+            rows = by_replica.reshape(-1, mine.shape[1])
+        totals = [0.0] * mine.shape[1]
+        for row in rows.tolist():
+            totals = [a + b for a, b in zip(totals, row, strict=True)]
+        return totals
+
+    def _adamw(self, grads: Tensor, lr: float, too_long: float) -> None:
+        state, config = self.state, self.config
+        self._count.fill_(state.step + 1)
+        scale = None if too_long == 1.0 else torch.tensor(too_long, device=grads.device)
+        for part, decay in (
+            (slice(0, self._decaying), config.weight_decay),
+            (slice(self._decaying, None), 0.0),
+        ):
+            if state.master[part].numel() == 0:
+                continue
+            torch._fused_adamw_(
+                [state.master[part]], [grads[part]], [state.exp_avg[part]], [state.exp_avg_sq[part]], [],
+                [self._count], lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=decay, eps=config.eps,
+                amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
+            )  # fmt: skip

@@ -1,0 +1,112 @@
+"""The built-in trainer's life: join, restore or initialise, step, checkpoint, leave.
+
+Ends with 0 when all steps are done, with 2 when the job cannot be trained as it is, with 143 after a TERM:
+then every rank finishes the step in which the first of them heard it, a checkpoint is saved, and the job can
+go on from there. Other failures end with a traceback and 1, also in TORCHELASTIC_ERROR_FILE.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from keepstep.core.errors import KeepstepError
+from keepstep.llama import parallel
+from keepstep.llama.data import Corpus
+from keepstep.llama.initial import initialise
+from keepstep.llama.job import TrainJob
+from keepstep.llama.optimizer import Update
+from keepstep.llama.trainer import Rates, Trainer
+from keepstep.session import Phase, Session, current
+
+STOPPED = 128 + signal.SIGTERM
+
+
+class StopSignal:
+    """Remembers that TERM came; the training loop asks after each step."""
+
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
+
+
+def main() -> int:
+    """The process's outermost boundary: everything ends as an exit code with its reason told."""
+    try:
+        return run(TrainJob.of_environment(), current())
+    except KeepstepError as error:
+        sys.stderr.write(f"{error}\n")
+        _leave_word(str(error), traceback.format_exc())
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
+        return 1
+
+
+def run(job: TrainJob, session: Session) -> int:
+    stop = StopSignal()
+    device = parallel.device_of(os.environ)
+    session.phase(Phase.RENDEZVOUS)
+    groups = parallel.join(job.layout, device, timeout_s=job.timeout_s)
+    session.phase(Phase.RESTORING)
+    corpus = Corpus.open(
+        job.data.get("source", "stdlib"), job.data.get("path"),
+        seed=job.data.get("seed", job.seed), seq=job.seq, sequences_per_step=job.sequences,
+    )  # fmt: skip
+    trainer = Trainer(job, groups, corpus, device=device, session=session)
+    initialise(trainer.state, job.shape, job.seed)
+    trainer.optimizer.publish()
+    code = _loop(trainer, stop)
+    session.phase(Phase.FINISHED)
+    parallel.leave()
+    return code
+
+
+def _loop(trainer: Trainer, stop: StopSignal) -> int:
+    job, session, state = trainer.job, trainer.session, trainer.state
+    session.resumed(state.step)
+    while state.step < job.steps:
+        started = time.perf_counter()
+        update = trainer.step(ask=stop.came)
+        rates = trainer.rates(time.perf_counter() - started)
+        session.step_done(
+            state.step, loss=update.loss, grad_norm=update.grad_norm,
+            tokens_per_s=rates.tokens_per_s, tflops=rates.tflops, mfu=rates.mfu,
+        )  # fmt: skip
+        if trainer.reports:
+            sys.stdout.write(line(state.step, job.steps, update, rates) + "\n")
+            sys.stdout.flush()
+        if update.asked:
+            return STOPPED
+    return 0
+
+
+def line(step: int, steps: int, update: Update, rates: Rates) -> str:
+    """step 40/120 loss 2.913 grad 0.81 3.8 k tokens/s 1.2 GFLOPs/slot"""
+    mfu = "" if rates.mfu != rates.mfu else f" MFU {rates.mfu:.1%}"
+    return (
+        f"step {step}/{steps} loss {update.loss:.3f} grad {update.grad_norm:.2f} "
+        f"{_scaled(rates.tokens_per_s)} tokens/s {_scaled(rates.tflops * 1e12, 'FLOPs')}/slot{mfu}"
+    )
+
+
+def _scaled(value: float, unit: str = "") -> str:
+    """Three digits and a prefix: 3.8 k, 1.2 GFLOPs."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _leave_word(message: str, trace: str) -> None:
+    """What torchrun's error file holds, for whoever reads the failure of the gang."""
+    if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        Path(name).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

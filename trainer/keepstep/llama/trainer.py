@@ -1,0 +1,116 @@
+"""One rank's trainer: its share of the model, and a step from data to updated weights."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from keepstep.llama.data import Batch
+from keepstep.llama.flat import FlatIndex, FlatState
+from keepstep.llama.job import TrainJob
+from keepstep.llama.microbatch import Rotation, Sequences, micro_batches, targets_of
+from keepstep.llama.model import Stage
+from keepstep.llama.optimizer import ShardedAdamW, Update
+from keepstep.llama.parallel import Groups
+from keepstep.llama.pipeline import InTurn, OneForwardOneBackward, Runner
+from keepstep.llama.tensor_parallel import TensorParallel
+from keepstep.session import Phase, Session
+
+# Dense BF16 peaks in FLOP/s, by a part of the device's name (NVIDIA's data sheets, SXM where there are two).
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+
+
+class Source(Protocol):
+    """Where batches come from: a pure function of the step."""
+
+    def sequences(self, step: int, start: int, stop: int) -> Batch: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    tokens_per_s: float  # of the job
+    tflops: float  # per GPU (slot), by ModelShape.flops_per_token
+    mfu: float  # nan where no peak is known
+
+
+class Trainer:
+    def __init__(
+        self, job: TrainJob, groups: Groups, source: Source, *, device: torch.device, session: Session
+    ) -> None:
+        self.job, self.groups, self.source, self.session = job, groups, source, session
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        at = groups.at
+        index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas)
+        self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
+        self.optimizer = ShardedAdamW(self.state, groups, job.optimizer)
+        self.rotation = Rotation(job.shape, device)
+        tp = TensorParallel(groups.tp)
+        stage = Stage(job.shape, self.state, tp, pp=job.layout.pp, stage=at.pp)
+        self.counts_loss = stage.last and at.tp == 0
+        self.runner: Runner = InTurn(stage, session)
+        if job.layout.pp > 1:
+            edge = torch.empty(
+                job.micro_batch * job.seq // tp.size, job.shape.dim, dtype=self.dtype, device=device
+            )
+            self.runner = OneForwardOneBackward(
+                stage, groups, session, micro_batches=job.micro_batches, edge=edge
+            )
+
+    @property
+    def reports(self) -> bool:
+        """Whether this is the one rank that prints."""
+        return self.counts_loss and self.groups.at.dp == 0
+
+    def step(self, *, ask: bool = False) -> Update:
+        """Forward, backward and update on the global batch that follows the present step."""
+        job, state = self.job, self.state
+        self.session.phase(Phase.DATA)
+        mine = self.optimizer.gradients.mine
+        shares = [self._share(replica) for replica in range(mine)]
+        targets = [targets_of(share) for share in shares]
+        scale = 1.0 / self._valid(targets)
+        losses = torch.zeros(mine, device=state.grads.device)
+        for replica in range(mine):
+            batches = micro_batches(
+                shares[replica], targets[replica], size=job.micro_batch, scale=scale,
+                rotation=self.rotation, dtype=self.dtype,
+            )  # fmt: skip
+            state.grads.zero_()
+            loss = self.runner.run(batches)
+            if self.counts_loss:
+                losses[replica] = loss
+            self.session.phase(Phase.OPTIMIZER, group="dp")
+            self.optimizer.gradients.collect(replica)
+        return self.optimizer.update(losses, lr=job.optimizer.lr_at(state.step, job.steps), ask=ask)
+
+    def rates(self, elapsed_s: float) -> Rates:
+        """Of one step that took this long."""
+        job = self.job
+        tokens_per_s = job.global_tokens / elapsed_s
+        flops = job.shape.flops_per_token(job.seq) * tokens_per_s / job.layout.world_size
+        return Rates(
+            tokens_per_s=tokens_per_s, tflops=flops / 1e12, mfu=flops / peak(self.state.grads.device)
+        )
+
+    def _share(self, replica: int) -> Sequences:
+        """The sequences of one of this rank's replicas."""
+        number = self.groups.at.dp * self.optimizer.gradients.mine + replica
+        count = self.job.sequences_per_replica
+        return Sequences.of(self.source.sequences(self.state.step, number * count, (number + 1) * count))
+
+    def _valid(self, targets: list[torch.Tensor]) -> int:
+        """Tokens of the global batch that have a target."""
+        count = sum(((part >= 0).sum() for part in targets), torch.zeros((), dtype=torch.int64))
+        if self.groups.dp is not None:
+            count = count.to(self.state.grads.device)
+            dist.all_reduce(count, group=self.groups.dp)
+        return max(1, int(count))
+
+
+def peak(device: torch.device) -> float:
+    """FLOP/s of the device in BF16, dense; nan where it is not known, a CPU among them."""
+    if device.type != "cuda":
+        return float("nan")
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAKS.items() if part in name), float("nan"))
