@@ -1,0 +1,324 @@
+"""Saving while training goes on.
+
+Training stops only while the owned state is copied; a thread writes the copy. Every rank writes one file and
+syncs it; rank 0 hears from all (over a gloo group that nothing else uses), writes DCP's metadata, looks at
+the fence, and commits by renaming the manifest into place. Then all hear what came of it.
+
+    every rank   copy | write, sync ------------+                     +--> known on every rank
+    rank 0                                      +-> fence? commit, ---+
+                                                    remove old ones
+
+What goes wrong with a disk costs this checkpoint and a warning, not the job: the folder is removed, the last
+good one stays. A second save waits for the first, on every rank alike, so that ranks never disagree on
+which save they are in.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from keepstep.core import durable
+from keepstep.core.checkpoints import (
+    MANIFEST,
+    Branch,
+    Point,
+    folder_name,
+    inventory,
+    read_fence,
+    restorable,
+)
+from keepstep.core.errors import KeepstepError, TimedOut
+from keepstep.core.ids import Attempt, Step
+from keepstep.core.layout import Layout
+from keepstep.llama.checkpoint.manifest import File, Manifest
+from keepstep.llama.checkpoint.pieces import owned_pieces
+from keepstep.llama.checkpoint.storage import SavePieces, Writer, chunks_of
+from keepstep.llama.flat import FlatState
+from keepstep.session import Session
+
+_log = logging.getLogger("keepstep.checkpoint")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a checkpoint says about the job that wrote it."""
+
+    job: str
+    attempt: int
+    layout: Layout
+    model: Any  # a dataclass of the model's sizes
+    branches: Sequence[Branch] = ()  # the lineage, this attempt included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Save:
+    """One save under way."""
+
+    at: Point
+    folder: Path
+    tokens: int
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """One rank's part of a save, as rank 0 hears of it."""
+
+    results: list[WriteResult] = field(default_factory=list)
+    files: dict[str, File] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    committed: bool = False
+    fenced_by: int = 0
+    error: str = ""
+
+
+class Saver:
+    """One rank's part in writing an attempt's checkpoints. Every rank calls `save` for the same steps."""
+
+    def __init__(
+        self,
+        folder: Path,
+        state: FlatState,
+        identity: Identity,
+        *,
+        group: dist.ProcessGroup | None,
+        session: Session,
+        keep: int = 3,
+        wait_s: float = 600.0,
+    ) -> None:
+        """`group` is a gloo group of all ranks for this saver alone; None for a single process."""
+        assert keep >= 1, keep
+        self._folder, self._state, self._identity = folder, state, identity
+        self._group, self._session, self._keep, self._wait_s = group, session, keep, wait_s
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._ranks = 1 if group is None else dist.get_world_size(group)
+        # Touched now, so that the first save does not pay for page faults.
+        on_device = state.state.is_cuda
+        self._copy = torch.zeros(state.state.shape, pin_memory=on_device)
+        # Replicated parameters are written by the first tensor parallel rank only.
+        at = identity.layout.coordinates(self._rank)
+        assert at.dp == state.dp_rank, (at, state.dp_rank)
+        pieces = [p for p in owned_pieces(state.index, state.dp_rank) if at.tp == 0 or not p.replicated]
+        self._planner = SavePieces(chunks_of(self._copy, pieces))
+        self._plan: SavePlan | None = None
+        self._metadata: Metadata | None = None
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        self._outcome = _Outcome()
+        self._saved, self._committed, self._reported = -1, -1, -1
+        self.failures = 0  # checkpoints that were given up
+
+    def save(self, step: int, *, tokens: int, data: Mapping[str, Any]) -> None:
+        """Save the present state, that of `step` completed steps. Returns when it is copied.
+
+        Nothing is done for a step that was saved before or once a newer attempt has taken over.
+        """
+        begin = time.monotonic_ns()
+        self._join(self._wait_s)
+        if self._outcome.fenced_by or step <= self._saved:
+            return
+        self._saved = step
+        self._copy.copy_(self._state.state, non_blocking=True)
+        if self._state.state.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        at = Point(step=Step(step), attempt=Attempt(self._identity.attempt))
+        save = _Save(at=at, folder=self._folder / folder_name(at), tokens=tokens, data=dict(data))
+        self._thread = threading.Thread(
+            target=self._run, args=(save,), name=f"checkpoint-{step}", daemon=True
+        )
+        self._thread.start()
+        self._session.stalled(time.monotonic_ns() - begin)
+
+    def poll(self) -> int:
+        """The newest committed step of this attempt, -1 before the first; also told to the session."""
+        if self._committed != self._reported:
+            self._reported = self._committed
+            self._session.checkpointed(self._reported)
+        return self._reported
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self, wait_s: float | None = None) -> int:
+        """Wait for a save under way, then `poll`. TimedOut if it does not end."""
+        self._join(self._wait_s if wait_s is None else wait_s)
+        return self.poll()
+
+    def _join(self, wait_s: float) -> None:
+        if self._thread is not None:
+            self._thread.join(wait_s)
+            if self._thread.is_alive():
+                raise TimedOut(
+                    f"the checkpoint of step {self._saved} is not written after {wait_s:g} s",
+                    where=str(self._folder),
+                    next="Look at the file system that holds the folder; the job restarts from the last one.",
+                )
+            self._thread = None
+        if self._failed is not None:  # the ranks can no longer agree: this gang has lost a member
+            raise self._failed
+
+    # -- in the thread --------------------------------------------------------------------------------------
+
+    def _run(self, save: _Save) -> None:
+        """The thread's outermost frame: whatever ends it is raised by the next save or close."""
+        try:
+            self._outcome = self._write(save)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that trains
+            self._failed = error
+            return
+        if self._outcome.committed:
+            self._committed = save.at.step
+        if self._outcome.error:
+            self.failures += 1
+
+    def _write(self, save: _Save) -> _Outcome:
+        writer = Writer(save.folder)
+        if self._plan is None:
+            self._make_plan(writer)
+        parts = self._gather(self._write_own(writer, save.folder))
+        return self._tell(None if parts is None else self._commit(writer, save, parts))
+
+    def _make_plan(self, writer: Writer) -> None:
+        """Once an attempt: what a rank owns does not change, so plans and layout of files do not either."""
+        plans = self._gather(self._planner.create_local_plan())
+        final: list[SavePlan] | None = None
+        if plans is not None:
+            final, self._metadata = self._planner.create_global_plan(plans)
+            final = writer.prepare_global_plan(final)
+        self._plan = self._scatter(final)
+
+    def _write_own(self, writer: Writer, folder: Path) -> _Written:
+        assert self._plan is not None
+        try:
+            if (folder / MANIFEST).exists():
+                return _Written(error="there is a complete checkpoint of this step and attempt already")
+            folder.mkdir(parents=True, exist_ok=True)
+            results = writer.write_data(self._plan, self._planner).wait()
+        except (OSError, RuntimeError) as error:  # torch turns some write errors into RuntimeError
+            return _Written(error=_sentence(error))
+        return _Written(results=results, files=dict(writer.files))
+
+    def _commit(self, writer: Writer, save: _Save, parts: list[_Written]) -> _Outcome:
+        """On rank 0, when every rank has written and synced its part, or failed to."""
+        errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]
+        if errors:
+            return self._give_up(save, "; ".join(errors[:3]))
+        try:
+            assert self._metadata is not None
+            writer.finish(self._metadata, [part.results for part in parts])
+            files = {name: file for part in parts for name, file in part.files.items()} | writer.files
+            durable.sync_folder(save.folder)
+            durable.sync_folder(self._folder)
+            fence = read_fence(self._folder)
+            if fence is not None and fence > save.at.attempt:
+                _remove(save.folder)
+                _log.info("step %d is not saved: attempt %d has taken over", save.at.step, fence)
+                return _Outcome(fenced_by=fence)
+            self._manifest(save, files).write(save.folder)
+        except (OSError, KeepstepError) as error:
+            return self._give_up(save, _sentence(error))
+        self._retain(save.at)
+        return _Outcome(committed=True)
+
+    def _manifest(self, save: _Save, files: Mapping[str, File]) -> Manifest:
+        layout = self._identity.layout
+        return Manifest(
+            job=self._identity.job,
+            attempt=save.at.attempt,
+            step=save.at.step,
+            layout={"dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "tp": layout.tp},
+            model=as_fields(self._identity.model),
+            tokens=save.tokens,
+            files=dict(sorted(files.items())),
+            data=save.data,
+            torch=torch.__version__,
+        )
+
+    def _give_up(self, save: _Save, why: str) -> _Outcome:
+        _log.warning(
+            "the checkpoint of step %d could not be written (%s); training goes on, the last good one is %s",
+            save.at.step,
+            why,
+            f"step {self._committed}" if self._committed >= 0 else "of an earlier attempt, or none",
+        )
+        if not (save.folder / MANIFEST).exists():
+            _remove(save.folder)
+        return _Outcome(error=why)
+
+    def _retain(self, newest: Point) -> None:
+        """Remove what this attempt's chain no longer needs, and what it or older attempts left incomplete."""
+        try:
+            found = inventory(self._folder)
+            stale = restorable(found, newest.attempt, self._identity.branches)[self._keep :]
+            stale += [
+                one.at
+                for one in found
+                if not one.complete
+                and (
+                    one.at.attempt < newest.attempt or (one.at.attempt == newest.attempt and one.at < newest)
+                )
+            ]
+            for at in stale:
+                _remove(self._folder / folder_name(at))
+        except OSError as error:
+            _log.warning("old checkpoints could not be removed: %s", _sentence(error))
+
+    # -- between ranks --------------------------------------------------------------------------------------
+
+    def _gather(self, value: T) -> list[T] | None:
+        """Every rank's value on rank 0, None elsewhere."""
+        if self._group is None:
+            return [value]
+        received: list[Any] | None = [None] * self._ranks if self._rank == 0 else None
+        dist.gather_object(value, received, group=self._group, group_dst=0)
+        return received
+
+    def _scatter(self, values: list[T] | None) -> T:
+        if self._group is None:
+            assert values is not None
+            return values[0]
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, values, group=self._group, group_src=0)
+        return received[0]  # type: ignore[no-any-return]
+
+    def _tell(self, outcome: _Outcome | None) -> _Outcome:
+        if self._group is not None:
+            told: list[Any] = [outcome]
+            dist.broadcast_object_list(told, group=self._group, group_src=0)
+            outcome = told[0]
+        assert outcome is not None
+        return outcome
+
+
+def as_fields(model: Any) -> dict[str, Any]:
+    """A model's sizes as a manifest has them."""
+    return asdict(model) if is_dataclass(model) and not isinstance(model, type) else dict(model)
+
+
+def _remove(folder: Path) -> None:
+    """Without its manifest first, so that a half removed checkpoint is an incomplete one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
