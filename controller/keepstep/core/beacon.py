@@ -97,20 +97,56 @@ class BeaconWriter:
         """Publish a state; its sequence number is set here."""
         self.now = r = record
         self.put(
-            r.step, r.micro_batch, r.phase, r.phase_ns, r.step_ns, r.launched, r.completed, r.checkpoint_step,
-            r.peer, r.stall_ns, r.group.encode()[:15], r.group_sequence,
-        )  # fmt: skip
+            r.step,
+            r.micro_batch,
+            r.phase,
+            r.phase_ns,
+            r.step_ns,
+            r.launched,
+            r.completed,
+            r.checkpoint_step,
+            r.peer,
+            r.stall_ns,
+            r.group.encode()[:15],
+            r.group_sequence,
+        )
 
-    def put(  # noqa: PLR0917 - keywords cost a third more, and there is one caller of note
-        self, step: int, micro_batch: int, phase: int, phase_ns: int, step_ns: int, launched: int,
-        completed: int, checkpoint_step: int, peer: int, stall_ns: int, group: bytes, group_sequence: int,
-    ) -> None:  # fmt: skip
+    def put(
+        self,
+        step: int,
+        micro_batch: int,
+        phase: int,
+        phase_ns: int,
+        step_ns: int,
+        launched: int,
+        completed: int,
+        checkpoint_step: int,
+        peer: int,
+        stall_ns: int,
+        group: bytes,
+        group_sequence: int,
+    ) -> None:
         """Publish a state without making an object of it: what a rank does thousands of times a second."""
         sequence = self._sequence = self._sequence + 1
         _RECORD.pack_into(
-            self._page, _RECORDS[sequence & 1], sequence, step, micro_batch, phase, 0, phase_ns, step_ns,
-            launched, completed, checkpoint_step, peer, stall_ns, group, group_sequence, sequence,
-        )  # fmt: skip
+            self._page,
+            _RECORDS[sequence & 1],
+            sequence,
+            step,
+            micro_batch,
+            phase,
+            0,
+            phase_ns,
+            step_ns,
+            launched,
+            completed,
+            checkpoint_step,
+            peer,
+            stall_ns,
+            group,
+            group_sequence,
+            sequence,
+        )
 
     def point(self, point: Point) -> None:
         """Add a completed step to the ring; the step is written last, so a torn entry is not taken."""
@@ -118,9 +154,17 @@ class BeaconWriter:
         mark = point.step + 1
         self._page[offset : offset + 8] = bytes(8)
         _POINT.pack_into(
-            self._page, offset, 0, point.at_ns, point.loss, point.grad_norm, point.tokens_per_s,
-            point.tflops, point.mfu, mark,
-        )  # fmt: skip
+            self._page,
+            offset,
+            0,
+            point.at_ns,
+            point.loss,
+            point.grad_norm,
+            point.tokens_per_s,
+            point.tflops,
+            point.mfu,
+            mark,
+        )
         struct.pack_into("<Q", self._page, offset, mark)
 
 
@@ -142,17 +186,39 @@ class BeaconReader:
         best: Record | None = None
         for offset in _RECORDS:
             (
-                first, step, micro, phase, _, phase_ns, step_ns, launched, completed, checkpoint, peer,
-                stall, group, group_sequence, last,
-            ) = _RECORD.unpack_from(self._page, offset)  # fmt: skip
+                first,
+                step,
+                micro,
+                phase,
+                _,
+                phase_ns,
+                step_ns,
+                launched,
+                completed,
+                checkpoint,
+                peer,
+                stall,
+                group,
+                group_sequence,
+                last,
+            ) = _RECORD.unpack_from(self._page, offset)
             if first == 0 or first != last or (best and best.sequence > first):
                 continue
             best = Record(
-                sequence=first, step=step, micro_batch=micro, phase=_phase(phase), phase_ns=phase_ns,
-                step_ns=step_ns, launched=launched, completed=completed, checkpoint_step=checkpoint,
-                peer=peer, stall_ns=stall, group=group.rstrip(b"\0").decode(errors="replace"),
+                sequence=first,
+                step=step,
+                micro_batch=micro,
+                phase=_phase(phase),
+                phase_ns=phase_ns,
+                step_ns=step_ns,
+                launched=launched,
+                completed=completed,
+                checkpoint_step=checkpoint,
+                peer=peer,
+                stall_ns=stall,
+                group=group.rstrip(b"\0").decode(errors="replace"),
                 group_sequence=group_sequence,
-            )  # fmt: skip
+            )
         return best
 
     def points(self, after_step: int) -> list[Point]:

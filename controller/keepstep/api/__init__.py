@@ -1,0 +1,1 @@
+"""The public face over HTTP: REST, an event stream, and the agents' socket."""

@@ -1,0 +1,150 @@
+"""The jobs that are not finished, as the store has them, kept at hand for the next decision.
+
+The controller is the only writer of its store, so a job is read again only after something was written for
+it. Beside the rows stands what only a running controller knows: how far the gang has come, and since when.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from keepstep.control.observed import ObservedTime
+from keepstep.core.ids import Attempt, JobId, Node, Step
+from keepstep.core.job import JobSpec
+from keepstep.core.layout import Layout
+from keepstep.decide.view import Asked, Ended, Failure, Inventory, Link
+from keepstep.spec import from_dict
+from keepstep.store import Store
+from keepstep.store.rows import AttemptRow, Incident, Job
+
+
+@dataclass(slots=True)
+class Progress:
+    """Of one attempt, from its reports."""
+
+    attempt: int
+    step: int = -1  # the gang's: the least over its ranks, the most over time
+    moved_at: float = 0.0  # observed time of the last advance of any rank
+    stepped: bool = False
+    by_rank: dict[int, tuple[int, int]] = field(default_factory=dict)  # rank -> (step, counter)
+    counted_at: float | None = None  # when any counter of a rank last moved
+    step_every: deque[float] = field(
+        default_factory=lambda: deque(maxlen=8)
+    )  # seconds between the last steps
+    state_since: float = 0.0
+    state: str = ""
+    replaying: bool = True  # has not come past the newest step of earlier attempts yet
+    stall_s: float = 0.0  # training time lost to checkpoints, the most of any rank
+    checkpoint_step: int = -1
+
+
+@dataclass(slots=True)
+class Entry:
+    job: Job
+    spec: JobSpec
+    attempts: list[AttemptRow]
+    incidents: list[Incident]  # newest first
+    progress: Progress
+    steps_done: int = -1
+    queued_at: float = 0.0
+    inventory: Inventory | None = None
+    asked: dict[Node, tuple[str, float]] = field(default_factory=dict)
+
+    @property
+    def present(self) -> AttemptRow | None:
+        """The attempt that has not ended, if there is one."""
+        return self.attempts[-1] if self.attempts and self.attempts[-1].ended_at is None else None
+
+    @property
+    def open_incident(self) -> Incident | None:
+        return next((i for i in self.incidents if i.state in {"open", "recovering", "waiting"}), None)
+
+    def ended(self) -> Ended | None:
+        """The last attempt that is over."""
+        row = next((row for row in reversed(self.attempts) if row.ended_at is not None), None)
+        if row is None:
+            return None
+        return Ended(
+            number=row.number, nodes=row.nodes, spares=row.spares, layout=layout_of(row), how=row.outcome
+        )
+
+    def lineage(self) -> tuple[Link, ...]:
+        return tuple(
+            Link(
+                attempt=row.number,
+                parent=Attempt(row.parent_attempt or 0),
+                parent_step=Step(row.parent_step or 0),
+            )
+            for row in self.attempts
+        )
+
+    def failures(self, wall: float) -> tuple[Failure, ...]:
+        return tuple(
+            Failure(
+                age_s=max(0.0, wall - incident.opened_at),
+                blame=incident.evidence.get("blame", "job"),
+                attempt=incident.attempt or Attempt(0),
+                step=incident.evidence.get("step", -1),
+                signature=incident.evidence.get("signature", ""),
+                node=incident.culprit.get("node"),
+                exit_code=incident.evidence.get("exit_code"),
+                error=incident.evidence.get("error", ""),
+            )
+            for incident in reversed(self.incidents)
+        )
+
+    def asking(self, time: ObservedTime) -> tuple[Asked, ...]:
+        return tuple(
+            Asked(kind=kind, node=node, age_s=time.age(at)) for node, (kind, at) in self.asked.items()
+        )
+
+
+class Book:
+    def __init__(self, store: Store, time: ObservedTime) -> None:
+        self._store, self._time = store, time
+        self.entries: dict[JobId, Entry] = {}
+
+    def load(self) -> None:
+        for job in self._store.unfinished_jobs():
+            self._read(job)
+
+    def refresh(self, job: JobId) -> None:
+        """Read one job again, after something was written for it."""
+        row = self._store.job(job)
+        if row.finished_at is not None:
+            self.entries.pop(job, None)
+        else:
+            self._read(row)
+
+    def _read(self, job: Job) -> None:
+        attempts = self._store.attempts(job.id)
+        incidents = list(self._store.incidents(job=job.id, limit=1000).items)
+        entry = self.entries.get(job.id)
+        if entry is None:
+            entry = self.entries[job.id] = Entry(
+                job=job,
+                spec=from_dict(job.spec),
+                attempts=attempts,
+                incidents=incidents,
+                progress=Progress(attempt=0),
+                queued_at=self._time.now,
+                steps_done=self._store.newest_step(job.id),
+            )
+        if job.state == "queued" and entry.job.state != "queued":
+            entry.queued_at = self._time.now
+        entry.job, entry.attempts, entry.incidents = job, attempts, incidents
+        number = attempts[-1].number if attempts else 0
+        if entry.progress.attempt != number:
+            entry.progress = Progress(attempt=number, moved_at=self._time.now)
+            entry.inventory, entry.asked = None, {}
+        state = attempts[-1].state if attempts else ""
+        if entry.progress.state != state:
+            entry.progress.state, entry.progress.state_since = state, self._time.now
+            entry.progress.stepped = entry.progress.stepped or (
+                bool(attempts) and attempts[-1].first_step_at is not None
+            )
+            if state == "starting":
+                entry.progress.moved_at = self._time.now
+
+
+def layout_of(row: AttemptRow) -> Layout:
+    return Layout(**{name: int(row.layout[name]) for name in ("dp", "pp", "cp", "tp")})

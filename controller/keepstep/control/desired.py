@@ -1,0 +1,108 @@
+"""What each node should run, made from the book. A pure function of levels: sending it twice changes nothing."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from keepstep.control.book import Entry, layout_of
+from keepstep.control.fleet import Member
+from keepstep.core.ids import JobId, Term
+from keepstep.core.job import JobSpec
+from keepstep.core.layout import local_ranks
+from keepstep.core.states import AttemptState
+from keepstep.decide.death import fenced, orphan_lease_s
+from keepstep.decide.plan import Policy
+from keepstep.spec import to_dict
+from keepstep.store.rows import AttemptRow
+from keepstep.wire import messages as wire
+
+_LIVE = {AttemptState.PREPARING, AttemptState.STARTING, AttemptState.RUNNING}
+
+
+def desired(member: Member, entries: Mapping[JobId, Entry], term: Term, policy: Policy) -> wire.Desired:
+    """The launches and stops of one node, and the attempts whose end it may forget."""
+    assert member.register is not None
+    launches, stops, warm, forget = [], [], [], []
+    for entry in entries.values():
+        row = entry.present
+        if row is None:
+            continue
+        if member.name in row.nodes:
+            if row.state in _LIVE:
+                launches.append(_launch(entry, row, row.nodes.index(member.name), policy))
+            else:
+                stops.append(_stop(entry, row))
+        elif member.name in row.spares and row.state in _LIVE:
+            warm.append(wire.Warm(job=entry.job.id, run=run_of(entry.spec)))
+    for job, attempt in sorted(member.attempts):
+        known = entries.get(JobId(job))
+        present = known.present if known else None
+        if present is not None and present.number == attempt:
+            continue
+        heard = member.attempts[job, attempt]
+        if (job, attempt) not in member.current:
+            continue
+        if heard.status.phase in {"dead", "refused"}:
+            forget.append((job, attempt))
+        else:
+            stops.append(
+                wire.Stop(job=job, attempt=attempt, reason="a newer decision has ended this attempt")
+            )
+    return wire.Desired(
+        term=term,
+        instance=member.register.instance,
+        launches=tuple(launches),
+        stops=tuple(stops),
+        warm=tuple(warm),
+        forget=tuple(forget),
+    )
+
+
+def run_of(spec: JobSpec) -> dict[str, Any]:
+    """The spec's `run`, as agents get it: normalised, references to secrets unresolved."""
+    run: dict[str, Any] = to_dict(spec)["run"]
+    return run
+
+
+def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy) -> wire.Launch:
+    spec, layout = entry.spec, layout_of(row)
+    checkpoint = asdict(spec.checkpoint)
+    if spec.checkpoint.dir is not None:
+        checkpoint["dir"] = checkpoint_folder(spec, entry.job.id)
+    return wire.Launch(
+        job=entry.job.id,
+        attempt=row.number,
+        name=spec.name,
+        project=spec.project,
+        world_size=layout.world_size,
+        nodes=tuple(row.nodes),
+        node_rank=node_rank,
+        ranks=tuple(local_ranks(layout.world_size, len(row.nodes), node_rank)),
+        go=row.master is not None,
+        master=(row.master["address"], row.master["port"]) if row.master else None,
+        run=run_of(spec),
+        layout={"dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "tp": layout.tp},
+        replicas=spec.parallelism.dp,
+        checkpoint=checkpoint,
+        restore=(row.restore["attempt"], row.restore["step"]) if row.restore else None,
+        lineage=tuple((link.attempt, link.parent, link.parent_step) for link in entry.lineage()),
+        self_fence_s=None if fenced(spec) else spec.recovery.self_fence_s,
+        orphan_lease_s=orphan_lease_s(spec, policy),
+        attached=entry.job.attached_node is not None,
+    )
+
+
+def _stop(entry: Entry, row: AttemptRow) -> wire.Stop:
+    grace = entry.spec.run.stop.grace_s if entry.job.wanted != "run" else 0.0
+    return wire.Stop(job=entry.job.id, attempt=row.number, reason=row.reason, grace_s=grace)
+
+
+def checkpoint_folder(spec: JobSpec, job: JobId) -> str:
+    """Every job has a folder of its own below the one that its spec names, so no two jobs share a chain."""
+    assert spec.checkpoint.dir is not None
+    return f"{spec.checkpoint.dir.rstrip('/')}/{job}"
+
+
+def unfinished_nodes(entries: Iterable[Entry]) -> set[str]:
+    """Nodes that an attempt which has not ended stands on."""
+    return {node for entry in entries if entry.present for node in entry.present.nodes}

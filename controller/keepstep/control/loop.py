@@ -1,0 +1,281 @@
+"""The cycle: see, decide, write down, act. Woken by what agents report and what people ask, else each second.
+
+A decision is written down before anything is done about it, and what is done follows from what is written: a
+controller that dies between the two finds the desired state in its store and goes on from there.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from keepstep.control import intake
+from keepstep.control.book import Book, Entry
+from keepstep.control.commit import commit, mark
+from keepstep.control.desired import checkpoint_folder, desired
+from keepstep.control.fleet import Fleet, Member, Session
+from keepstep.control.observed import ObservedTime
+from keepstep.control.picture import draw
+from keepstep.core.clock import Clock
+from keepstep.core.errors import KeepstepError
+from keepstep.core.ids import Attempt, JobId, Node, Step
+from keepstep.core.states import NodeState
+from keepstep.decide import plan as p
+from keepstep.decide.decide import decide
+from keepstep.decide.view import Inventory, Stored, View
+from keepstep.pools.pool import Pool
+from keepstep.store import Store, Writer
+from keepstep.store.rows import NewEvent
+from keepstep.wire import messages as wire
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+_BEAT_EVERY_S = 2.0
+_REST_S = 0.01  # between two decisions, so that a burst of reports is one picture
+_ROUNDS_MAX = 20  # decisions in a row before agents are heard again
+
+T = TypeVar("T")
+
+
+class Controller:
+    """Owns the fleet, the book and the cycle. Everything runs on one event loop but the store's calls."""
+
+    def __init__(self, store: Store, clock: Clock, policy: p.Policy, pools: Iterable[Pool] = ()) -> None:
+        self.store, self.clock, self.policy = store, clock, policy
+        self.pools = {pool.name: pool for pool in pools}
+        self.time = ObservedTime(TICK_S)
+        self.fleet = Fleet(self.time)
+        self.book = Book(store, self.time)
+        self.told = asyncio.Event()  # something new is in the timeline
+        self._wake = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._asking: set[JobId] = set()
+        self._events: list[tuple[Member, Session, wire.Events]] = []
+        self._started = 0.0
+        self.ready = False
+        self._beaten = 0.0
+
+    async def on_store(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """A call of the store on its own thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: call(*arguments, **named))
+
+    async def write(self, write: Callable[[Writer], T], *, about: JobId | None = None) -> T:
+        """One fenced transaction; then `about` is read again and the next decision comes at once."""
+
+        def transaction() -> T:
+            with self.store.transaction() as writer:
+                return write(writer)
+
+        async with self._writing:
+            result = await self.on_store(transaction)
+            if about is not None:
+                await self.on_store(self.book.refresh, about)
+        self.tell()
+        self.wake()
+        return result
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def tell(self) -> None:
+        self.told.set()
+        self.told = asyncio.Event()
+
+    # ------------------------------------------------------------ the cycle
+
+    async def run(self) -> None:
+        """Until cancelled. Errors: Fenced when another controller has taken the store over."""
+        self._started = self.time.tick(self.clock.monotonic())
+        self.fleet.load(await self.on_store(self.store.nodes))
+        await self.on_store(self.book.load)
+        self.ready = True
+        try:
+            while True:
+                await self._cycle()
+                await asyncio.sleep(_REST_S)
+                try:
+                    async with asyncio.timeout(TICK_S):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            self._thread.shutdown(wait=True)
+
+    async def _cycle(self) -> None:
+        self._wake.clear()
+        monotonic = self.clock.monotonic()
+        self.time.tick(monotonic)
+        if monotonic - self._beaten >= _BEAT_EVERY_S:
+            self._beaten = monotonic
+            await self.on_store(self.store.beat)
+        await self._store_events()
+        await self._ask_pools()
+        await self._note_progress()
+        for _ in range(_ROUNDS_MAX):
+            view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
+            plan = decide(view, self.policy)
+            if not await self._take(plan, view):
+                break
+        self._apply()
+
+    async def _take(self, plan: p.Plan, view: View) -> bool:
+        """Write the plan down and ask its questions. True if a new view may bring more."""
+        changed: list[JobId] = []
+        jobs = {job.id: job for job in view.jobs}
+        writes = [c for c in plan.changes if not isinstance(c, p.Collect) and self._is_news(c)]
+        for question in (c for c in plan.changes if isinstance(c, p.Collect)):
+            self._ask(question)
+
+        def transaction() -> None:
+            with self.store.transaction() as writer:
+                for change in writes:
+                    commit(writer, self.book.entries[change.job], jobs[change.job], change)
+                    changed.append(change.job)
+                for node in plan.marks:
+                    member = self.fleet.members[node.node]
+                    member.state = mark(writer, node, member.state)
+                    member.state_reason = node.reason
+
+        if not writes and not plan.marks:
+            return False
+        async with self._writing:
+            await self.on_store(transaction)
+            for job in dict.fromkeys(changed):
+                await self.on_store(self.book.refresh, job)
+        for change in writes:
+            log.info("%s: %s: %s", change.job, type(change).__name__, change.reason)
+        self.tell()
+        return any(not isinstance(change, p.Wait) for change in writes)
+
+    def _is_news(self, change: p.JobChange) -> bool:
+        return not isinstance(change, p.Wait) or change.reason != self.book.entries[change.job].job.reason
+
+    def _apply(self) -> None:
+        for member in self.fleet.members.values():
+            if member.session is None or member.register is None:
+                continue
+            wanted = desired(member, self.book.entries, self.store.term, self.policy)
+            if wanted != member.desired:
+                member.desired = wanted
+                member.session.send(wanted)
+
+    # ------------------------------------------------------------ agents
+
+    def heard(self, member: Member, state: wire.State) -> None:
+        changed = self.fleet.hear(member, state)
+        if intake.follow(self.book, self.fleet, member) or changed:
+            self.wake()
+
+    def events(self, member: Member, session: Session, events: wire.Events) -> None:
+        self._events.append((member, session, events))
+        self.wake()
+
+    async def _store_events(self) -> None:
+        batch, self._events = self._events, []
+        if not batch:
+            return
+        known = {str(job) for job in self.book.entries}
+
+        def transaction() -> None:
+            with self.store.transaction() as writer:
+                for member, _, events in batch:
+                    jobs = {event.job for event in events.events}
+                    finished = {job for job in jobs - known if _exists(writer, job)}
+                    intake.write_events(writer, member, events.events, known | finished)
+
+        async with self._writing:
+            await self.on_store(transaction)
+        for member, session, events in batch:
+            if events.events:
+                number = max(event.number for event in events.events)
+                session.send(wire.Acknowledge(sequence=member.sequence, event=number))
+        self.tell()
+
+    async def _note_progress(self) -> None:
+        """The moment at which an attempt has come past everything that was done before it."""
+        for entry in list(self.book.entries.values()):
+            progress = entry.progress
+            if progress.step <= entry.steps_done:
+                continue
+            if progress.replaying and progress.stepped:
+                progress.replaying = False
+                await self.write(lambda writer, entry=entry: _progressed(writer, entry))  # type: ignore[misc]
+            entry.steps_done = progress.step
+
+    def _ask(self, question: p.Collect) -> None:
+        entry = self.book.entries[question.job]
+        if question.job in self._asking:
+            return
+        self._asking.add(question.job)
+        entry.asked[question.node] = (question.kind, self.time.now)
+        task = asyncio.create_task(self._inventory(entry, question))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._asking.discard(question.job))
+
+    async def _inventory(self, entry: Entry, question: p.Collect) -> None:
+        after = Attempt(entry.attempts[-1].number if entry.attempts else 0)
+        found: tuple[Stored, ...] = ()
+        error = ""
+        try:
+            answer = await self.fleet.ask(
+                question.node,
+                question.kind,
+                {"dir": checkpoint_folder(entry.spec, entry.job.id)},
+                term=self.store.term,
+                within_s=question.within_s,
+            )
+            found = tuple(
+                Stored(attempt=Attempt(a), step=Step(s))
+                for a, s, complete in answer["checkpoints"]
+                if complete
+            )
+        except KeepstepError as problem:
+            error = str(problem)
+        present = entry.attempts[-1].number if entry.attempts else 0
+        if present == after:
+            entry.inventory = Inventory(after_attempt=after, node=question.node, stored=found, error=error)
+            self.wake()
+
+    async def _ask_pools(self) -> None:
+        """Positive evidence of death comes from pools only; silence is none."""
+        for member in self.fleet.members.values():
+            gone = member.session is None and member.state in {NodeState.READY, NodeState.SILENT}
+            pool = self.pools.get(member.pool)
+            if gone and pool is not None and not member.confirmed:
+                member.confirmed = await pool.confirm_dead(member.name)
+                member.confirmed_at = self.time.now
+        for pool in self.pools.values():
+            await pool.reconcile(self._connected)
+
+    def _connected(self, node: Node) -> bool:
+        member = self.fleet.members.get(node)
+        return member is not None and member.session is not None
+
+
+def _exists(writer: Writer, job: str) -> bool:
+    try:
+        return writer.job(job).id == job
+    except KeepstepError:
+        return False
+
+
+def _progressed(writer: Writer, entry: Entry) -> None:
+    row = entry.attempts[-1]
+    text = f"step {entry.progress.step} is new"
+    writer.add_event(
+        NewEvent(
+            kind="progressed",
+            text=text,
+            job=entry.job.id,
+            attempt=row.number,
+            data={"step": entry.progress.step},
+        )
+    )

@@ -1,0 +1,168 @@
+"""Draws the view that decisions are taken from: rows of the book, reports of the fleet, observed ages."""
+
+from enum import StrEnum
+from typing import TypeVar
+
+from keepstep.control.book import Book, Entry, layout_of
+from keepstep.control.fleet import Fleet, Heard, Member
+from keepstep.core.ids import JobId, Node, Rank
+from keepstep.core.states import AttemptState, JobState, NodeState
+from keepstep.decide.view import (
+    AttemptView,
+    JobView,
+    NodeView,
+    PartPhase,
+    PartView,
+    RankPhase,
+    RankView,
+    View,
+    Wanted,
+)
+from keepstep.store.rows import AttemptRow
+from keepstep.wire import messages as wire
+
+
+def draw(book: Book, fleet: Fleet, *, wall: float, up_s: float) -> View:
+    return View(
+        jobs=tuple(draw_job(entry, fleet, wall) for entry in book.entries.values()),
+        nodes=tuple(_node(member, book, fleet) for member in fleet.members.values() if _counts(member)),
+        up_s=up_s,
+    )
+
+
+def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
+    job, row = entry.job, entry.present
+    incident = entry.open_incident
+    return JobView(
+        id=job.id,
+        spec=entry.spec,
+        state=JobState(job.state),
+        wanted=Wanted(job.wanted),
+        reason=job.reason,
+        number=job.number,
+        attempt=None if row is None else _attempt(entry, row, fleet),
+        attempts=entry.attempts[-1].number if entry.attempts else 0,
+        lineage=entry.lineage(),
+        steps_done=entry.steps_done,
+        failures=entry.failures(wall),
+        wait_s=max(0.0, (job.not_before or 0.0) - wall),
+        queued_s=fleet.time.age(entry.queued_at),
+        inventory=entry.inventory,
+        asked=entry.asking(fleet.time),
+        attached=job.attached_node,
+        incident=incident.id if incident else None,
+        ended=entry.ended(),
+    )
+
+
+def _attempt(entry: Entry, row: AttemptRow, fleet: Fleet) -> AttemptView:
+    progress = entry.progress
+    return AttemptView(
+        number=row.number,
+        state=AttemptState(row.state),
+        layout=layout_of(row),
+        parts=tuple(_part(node, row, fleet) for node in row.nodes),
+        spares=tuple(row.spares),
+        age_s=fleet.time.age(progress.state_since),
+        step=progress.step,
+        step_age_s=fleet.time.age(progress.moved_at),
+        stepped=progress.stepped,
+        went=row.master is not None,
+        still_s=_still_s(row, fleet),
+        progress_age_s=None if progress.counted_at is None else fleet.time.age(progress.counted_at),
+        step_every_s=max(progress.step_every, default=0.0),
+        checkpoint_step=progress.checkpoint_step,
+        master=(row.master["address"], row.master["port"]) if row.master else None,
+    )
+
+
+def _part(node: Node, row: AttemptRow, fleet: Fleet) -> PartView:
+    member = fleet.members.get(node)
+    heard = member.attempts.get((row.job, row.number)) if member else None
+    if member is None or heard is None:
+        return PartView(node=node)
+    status = heard.status
+    return PartView(
+        node=node,
+        phase=_known(PartPhase, status.phase, PartPhase.UNKNOWN),
+        heard=member.session is not None and (row.job, row.number) in member.current,
+        reason=status.reason,
+        alive=status.alive,
+        master=status.master,
+        ranks=tuple(_rank(rank, heard, fleet) for rank in status.ranks),
+    )
+
+
+def _rank(status: wire.RankStatus, heard: Heard, fleet: Fleet) -> RankView:
+    since = fleet.time.age(heard.at)
+    return RankView(
+        rank=Rank(status.rank),
+        phase=_known(RankPhase, status.state, RankPhase.UNKNOWN),
+        exit_code=status.exit_code,
+        signal=status.signal,
+        exited_age_s=None if status.exited_age_s is None else status.exited_age_s + since,
+        exit_order=status.exit_order,
+        step=status.step,
+        doing=status.phase,
+        doing_age_s=None if status.phase_age_s is None else status.phase_age_s + since,
+        error=status.error,
+    )
+
+
+def _still_s(row: AttemptRow, fleet: Fleet) -> float:
+    """Since the newest moment at which a part of the attempt was heard dead, or its node was confirmed so."""
+    moments = []
+    for node in row.nodes:
+        member = fleet.members.get(node)
+        heard = member.attempts.get((row.job, row.number)) if member else None
+        if heard is not None and heard.dead_at is not None:
+            moments.append(heard.dead_at)
+        elif member is not None and member.confirmed:
+            moments.append(member.confirmed_at)
+    return fleet.time.age(max(moments)) if moments else 0.0
+
+
+def _lingering(member: Member, book: Book) -> frozenset[JobId]:
+    """Jobs of which an attempt that is not the present one still lives on this node."""
+    found = set()
+    for job, number in member.current:
+        entry = book.entries.get(JobId(job))
+        present = entry.present.number if entry and entry.present else 0
+        if number != present and member.attempts[job, number].status.phase not in {"dead", "refused"}:
+            found.add(JobId(job))
+    return frozenset(found)
+
+
+def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
+    connected = member.session is not None
+    return NodeView(
+        name=member.name,
+        pool=member.pool,
+        slots=member.slots,
+        state=member.state,
+        connected=connected,
+        silence_s=fleet.time.age(max(member.heard_at, member.acknowledged_at)),
+        confirmed=member.confirmed,
+        reset=member.reset,
+        cordoned=member.cordoned,
+        attached=member.attached,
+        warm_for=frozenset(JobId(s.job) for s in member.standbys if s.state == "ready"),
+        ready_s=fleet.time.age(member.ready_at) if connected else 0.0,
+        lingering=_lingering(member, book),
+        labels=member.labels,
+    )
+
+
+def _counts(member: Member) -> bool:
+    return member.state is not NodeState.GONE or bool(member.attempts)
+
+
+T = TypeVar("T", bound=StrEnum)
+
+
+def _known(kind: type[T], word: str, otherwise: T) -> T:
+    """A word of the wire; a newer agent's new word is unknown, not an error."""
+    try:
+        return kind(word)
+    except ValueError:
+        return otherwise

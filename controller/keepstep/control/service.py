@@ -1,0 +1,217 @@
+"""The controller as a process: store, term, pools, cycle and HTTP, brought up in this order and down in reverse.
+
+It listens on loopback by default, announces itself in controller.json when it answers, and ends when it is
+asked to, when its term is taken over, or after a while in which it had neither jobs nor clients.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import uvicorn
+
+from keepstep.api.app import build
+from keepstep.api.service import Service
+from keepstep.control.loop import Controller
+from keepstep.control.requests import Principal, want
+from keepstep.core.clock import Clock, SystemClock
+from keepstep.core.errors import Fenced, InputError, KeepstepError
+from keepstep.core.home import Home, Running, announce, running_controller, start_ticks, withdraw
+from keepstep.core.states import JOB
+from keepstep.decide.plan import Policy
+from keepstep.decide.view import Wanted
+from keepstep.pools.local import LocalPool, LocalSettings
+from keepstep.pools.pool import Pool
+from keepstep.pools.static import StaticPool
+from keepstep.store import Store, this_process
+from keepstep.wire.messages import MAX_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+_IDLE_LOOK_S = 5.0
+_CANCEL_WITHIN_S = 60.0
+_NAMES = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    home: Home
+    store_url: str | None = None  # None: SQLite in the home
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: the one it had before if that is free, else any
+    nodes: int = 1  # of the local pool
+    slots: int = 0  # of each; 0: as many as GPUs, else processors
+    return_after_s: float = 30.0  # a lost local node's way back
+    idle_exit_s: float | None = None  # None: stays up without jobs and clients
+
+
+def serve(settings: Settings) -> int:
+    """Run the controller until it ends. Returns the exit code. Errors: InputError, Refused."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings.home.make()
+    clock = SystemClock()
+    store = Store.open(settings.store_url or f"sqlite:///{settings.home.store_file}", clock=clock)
+    try:
+        store.acquire(this_process())
+        listener = _listen(settings)
+        return asyncio.run(_serve(settings, store, listener, clock))
+    finally:
+        store.close()
+
+
+async def _serve(settings: Settings, store: Store, listener: socket.socket, clock: Clock) -> int:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    pools = _pools(settings, clock)
+    controller = Controller(store, clock, Policy(), pools)
+    service = Service(
+        version=version("keepstep"), url=url, home=settings.home.path, clock=clock, stop=stopping.set
+    )
+    app = build(controller, service)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="websockets-sansio",
+            ws_max_size=MAX_MESSAGE_BYTES,
+            timeout_graceful_shutdown=5,
+            ws_ping_interval=None,
+        )
+    )
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    issued = store.tokens.issue(name="local", role="admin", replace=True)
+    store.beat(url=url)
+    cycle = asyncio.create_task(controller.run(), name="cycle")
+    http = asyncio.create_task(_http(server, listener), name="http")
+    running = Running(
+        url=url,
+        pid=os.getpid(),
+        start_ticks=start_ticks(os.getpid()) or 0,
+        token=issued.secret,
+        term=store.term,
+    )
+    announce(settings.home, running)
+    log.info("term %d, %s, store %s", store.term, url, store.name)
+    ends = [asyncio.create_task(stopping.wait()), cycle, http]
+    if settings.idle_exit_s is not None:
+        ends.append(asyncio.create_task(_idle(controller, service, settings.idle_exit_s)))
+    done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    code = _why(done)
+    if code == 0 and service.stop_agents:
+        await _cancel_all(controller)
+    app.state.streams.set()
+    controller.tell()
+    server.should_exit = True
+    if code == 0:
+        for pool in pools:
+            await pool.close(stop=service.stop_agents or settings.idle_exit_s is not None)
+    for task in ends:
+        if task is not http:
+            task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+        await asyncio.wait_for(http, 10)
+    await asyncio.gather(*ends, return_exceptions=True)
+    if code == 0:
+        store.release()
+    withdraw(settings.home)
+    return code
+
+
+def _why(done: Iterable[asyncio.Future[Any]]) -> int:
+    """0 for a wanted end; an error of the cycle is logged and ends the process."""
+    for task in done:
+        problem = task.exception()
+        if isinstance(problem, Fenced):
+            log.error("%s", problem)
+            return problem.exit_code
+        if problem is not None:
+            log.error("the controller failed", exc_info=problem)
+            return 1
+    return 0
+
+
+async def _http(server: uvicorn.Server, listener: socket.socket) -> None:
+    await server.serve(sockets=[listener])
+
+
+async def _idle(controller: Controller, service: Service, exit_s: float) -> None:
+    """Return after `exit_s` without jobs and without requests."""
+    clock = controller.clock
+    busy_at = clock.monotonic()
+    while True:
+        await asyncio.sleep(min(_IDLE_LOOK_S, exit_s / 4))
+        attached = any(m.session is not None and m.pool == "run" for m in controller.fleet.members.values())
+        if controller.book.entries or attached:
+            busy_at = clock.monotonic()
+        if clock.monotonic() - max(busy_at, service.asked_at) > exit_s:
+            log.info("no jobs and no clients for %g s: ending", exit_s)
+            return
+
+
+async def _cancel_all(controller: Controller) -> None:
+    """`down --force`: every job is cancelled and seen dead, so that nothing is left behind."""
+    who = Principal(name="keepstep down", project="default")
+    for job in list(controller.book.entries):
+        with contextlib.suppress(KeepstepError):
+            await want(controller, job, Wanted.CANCEL, who, "the service is stopped")
+    try:
+        async with asyncio.timeout(_CANCEL_WITHIN_S):
+            while any(entry.job.state not in JOB.final for entry in controller.book.entries.values()):
+                await controller.told.wait()
+    except TimeoutError:
+        log.warning("jobs did not end within %g s: %s", _CANCEL_WITHIN_S, sorted(controller.book.entries))
+
+
+def _pools(settings: Settings, clock: Clock) -> list[Pool]:
+    slots = settings.slots or os.cpu_count() or 1
+    local = LocalSettings(
+        nodes=tuple(_NAMES[: settings.nodes]), slots=slots, return_after_s=settings.return_after_s
+    )
+    return [LocalPool(home=settings.home, clock=clock, settings=local), StaticPool()]
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Bind before anything else is announced. Errors: InputError where the port is taken."""
+    before = running_controller(settings.home)
+    ports = [settings.port] if settings.port else [_earlier_port(settings.home), 0]
+    if before is not None and before.pid != os.getpid():
+        raise InputError(
+            f"a controller (pid {before.pid}) already runs in {settings.home.path} at {before.url}"
+        )
+    for number, port in enumerate(ports):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, port))
+        except OSError as problem:
+            listener.close()
+            if number + 1 < len(ports):
+                continue
+            raise InputError(
+                f"cannot listen on {settings.host}:{port}", why=problem.strerror or str(problem),
+                next="Give another --port, or none to take any that is free.",
+            ) from problem  # fmt: skip
+        return listener
+    raise AssertionError("unreachable")
+
+
+def _earlier_port(home: Home) -> int:
+    """The port of the controller before, so that agents and contexts find this one again."""
+    try:
+        text = home.controller_file.read_text()
+    except OSError:
+        return 0
+    digits = text.partition("127.0.0.1:")[2].partition('"')[0]
+    return int(digits) if digits.isdigit() else 0
