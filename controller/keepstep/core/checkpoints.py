@@ -80,6 +80,18 @@ def inventory(folder: Path) -> list[Found]:
     return sorted(found, key=lambda one: one.at)
 
 
+def branches_of(job: JobId, rows: Iterable[Sequence[int | None]]) -> list[Branch]:
+    """The lineage as a launch has it: rows of attempt, parent's attempt, parent's step (None: no parent)."""
+    branches = []
+    for attempt, parent_attempt, parent_step in rows:
+        assert attempt is not None
+        parent = None
+        if parent_attempt is not None and parent_step is not None:
+            parent = Point(step=Step(parent_step), attempt=Attempt(parent_attempt))
+        branches.append(Branch(job=job, attempt=Attempt(attempt), parent=parent))
+    return branches
+
+
 def on_chain(at: Point, attempt: Attempt, branches: Iterable[Branch]) -> bool:
     """Whether a state lies on the chain of `attempt`: may be restored by it, and by what follows it."""
     if at.attempt == attempt:
