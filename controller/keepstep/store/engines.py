@@ -45,6 +45,7 @@ _NETWORK = {
     0x7461636F: "OCFS2",
     0x786F4256: "a folder shared by VirtualBox",
 }
+_PATIENT = {"connect_timeout": 10}
 _LOCAL_FUSE = {"fuseblk", "fuse.fuse-overlayfs", "fuse.bindfs"}
 
 
@@ -54,7 +55,7 @@ def connect(url: str, *, busy_s: float) -> sa.Engine:
         parsed = sa.make_url(url if "://" in url else f"sqlite:///{Path(url).absolute()}")
         if parsed.get_backend_name() == "sqlite":
             return _sqlite(parsed, busy_s)
-        return sa.create_engine(parsed, pool_pre_ping=True, json_serializer=_dumps, json_deserializer=_loads)
+        return _postgresql(parsed, busy_s)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise InputError(
             "the store's URL cannot be used",
@@ -193,6 +194,20 @@ def _sqlite(url: sa.URL, busy_s: float) -> sa.Engine:
         if options.get(_MIGRATES):
             connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get(_WRITES) else "BEGIN")
+
+    return engine
+
+
+def _postgresql(url: sa.URL, busy_s: float) -> sa.Engine:
+    if url.get_backend_name() != "postgresql":
+        raise ArgumentError(f"{url.get_backend_name()} is not supported")
+    engine = sa.create_engine(
+        url, pool_pre_ping=True, json_serializer=_dumps, json_deserializer=_loads, connect_args=_PATIENT
+    )
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(busy_s * 1000)}")
 
     return engine
 

@@ -225,7 +225,7 @@ class Writer(Reader):
         project: str = "",
         opened_at: float | None = None,
     ) -> Incident:
-        """Opens an incident, and finds earlier ones of its verdict on this node or at this rank of the job."""
+        """Opens an incident; names earlier ones of its verdict on this node or at this rank of the job."""
         culprit = {} if culprit is None else culprit
         node, rank = culprit.get("node"), culprit.get("rank")
         row = {
