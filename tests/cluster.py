@@ -1,0 +1,212 @@
+"""A real controller with real agents and ranks, for tests that act as a user would.
+
+Everything runs in a home of its own; `close` ends it and then looks for what was left behind: processes that
+name the home or carry a marker of its jobs, and files in /dev/shm.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from keepstep.cli import service
+from keepstep.cli.client import Client
+from keepstep.core.beacon import BeaconReader, Phase
+from keepstep.core.errors import KeepstepError, NotFound
+from keepstep.core.home import Home, Running, running_controller
+from keepstep.spec import load, to_dict
+
+Json = dict[str, Any]
+_POLL_S = 0.02
+
+
+class Cluster:
+    def __init__(self, home: Path, *, nodes: int, slots: int, **options: Any) -> None:
+        self.home = Home(path=home)
+        self.options = service.Options(nodes=nodes, slots=slots, **options)
+        self._shm = set(os.listdir("/dev/shm"))
+        self.running = self.start()
+
+    def start(self) -> Running:
+        self.running = service.start(self.home, self.options).running
+        return self.running
+
+    @property
+    def client(self) -> Client:
+        return service.client(self.running)
+
+    # ---------------------------------------------------------------- jobs
+
+    def submit(self, text: str, *overrides: str, **body: Any) -> str:
+        spec = load(text, "test.yaml", overrides, base_dir=self.home.path)
+        return str(self.client.post("/jobs", {"spec": to_dict(spec), **body})["id"])
+
+    def job(self, ref: str) -> Json:
+        return self.client.get(f"/jobs/{ref}")
+
+    def ranks(self, ref: str) -> dict[int, Json]:
+        return {rank["rank"]: rank for rank in self.client.get(f"/jobs/{ref}/ranks")["ranks"]}
+
+    def losses(self, ref: str) -> dict[int, float]:
+        """Loss by step: of the newest attempt that completed the step."""
+        points = self.client.pages(f"/jobs/{ref}/metrics", "points", limit=10_000)
+        return {p["step"]: p["loss"] for p in sorted(points, key=lambda p: (p["step"], p["attempt"]))}
+
+    def incidents(self, ref: str) -> list[Json]:
+        """Oldest first."""
+        found: list[Json] = self.client.get(f"/jobs/{ref}/incidents")["incidents"]
+        return found[::-1]
+
+    def wait(self, ref: str, condition: Callable[[Json], Any], *, within_s: float = 90.0) -> Json:
+        """Until the job fulfils a condition. Fails with what the job says instead."""
+        deadline = time.monotonic() + within_s
+        job: Json = {}
+        while time.monotonic() < deadline:
+            try:
+                job = self.job(ref)
+                if condition(job):
+                    return job
+            except KeepstepError as problem:
+                if isinstance(problem, NotFound):
+                    raise
+            time.sleep(_POLL_S)
+        events = self.client.pages("/events", "events", limit=200, job=ref)
+        told = "\n".join(f"  {event['kind']}: {event['text']}" for event in events)
+        raise AssertionError(f"after {within_s} s: {job.get('state')}: {job.get('reason')}\n{told}")
+
+    def wait_state(self, ref: str, *states: str, within_s: float = 90.0) -> Json:
+        return self.wait(ref, lambda job: job["state"] in states, within_s=within_s)
+
+    def wait_step(self, ref: str, step: int, *, attempt: int = 1, within_s: float = 90.0) -> Json:
+        """Until a step was reported, by this attempt or a later one."""
+
+        def reached(job: Json) -> bool:
+            assert job["state"] not in {"failed", "cancelled"}, job["reason"]
+            return bool(
+                job["attempt"]
+                and job["attempt"]["number"] >= attempt
+                and job["attempt"]["first_step_at"]
+                and (job["progress"]["step"] or 0) >= step
+            )
+
+        return self.wait(ref, reached, within_s=within_s)
+
+    # ---------------------------------------------------------------- faults
+
+    def kill_rank(self, ref: str, rank: int, how: signal.Signals = signal.SIGKILL) -> int:
+        pid = int(self.ranks(ref)[rank]["pid"])
+        os.kill(pid, how)
+        return pid
+
+    def kill_in_phase(self, ref: str, rank: int, phase: Phase, *, after_step: int, within_s: float = 60.0) -> int:
+        """Kill -9 while the rank's beacon says that it is in `phase`; returns the step it had completed."""
+        pid = int(self.ranks(ref)[rank]["pid"])
+        deadline = time.monotonic() + within_s
+        with beacon_of(pid) as beacon:
+            while time.monotonic() < deadline:
+                record = beacon.read()
+                if record and record.phase is phase and record.step >= after_step:
+                    os.kill(pid, signal.SIGKILL)
+                    return record.step
+        raise AssertionError(f"rank {rank} was never seen in {phase.name} within {within_s} s")
+
+    def lose_node(self, node: str) -> None:
+        """Kill the agent, shims, standby servers and ranks of a node, as a power cut would."""
+        marked = {m.encode() for m in self._markers(node)}
+        folder = f"{self.home.nodes / node}".encode()
+        for _ in range(10):
+            pids = [p for p in _pids() if folder in _cmdline(p) or _marker(p) in marked]
+            if not pids:
+                return
+            for pid in pids:
+                _kill(pid)
+            time.sleep(_POLL_S)
+        raise AssertionError(f"node {node} does not die")
+
+    def agent_pid(self, node: str) -> int:
+        return int(self.client.get(f"/nodes/{node}")["pid"])
+
+    def kill_controller(self) -> None:
+        os.kill(self.running.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while running_controller(self.home) is not None:
+            assert time.monotonic() < deadline
+            time.sleep(_POLL_S)
+
+    # ---------------------------------------------------------------- the end
+
+    def close(self) -> None:
+        if running_controller(self.home) is None:
+            self.start()  # a test may have killed it: the next one ends what it left
+        service.stop(self.home, force=True)
+        deadline = time.monotonic() + 20
+        while left := self.left_behind():
+            if time.monotonic() > deadline:
+                for pid in left:
+                    _kill(pid)
+                raise AssertionError(f"left behind: {left}")
+            time.sleep(0.1)
+        files = set(os.listdir("/dev/shm")) - self._shm
+        assert not files, f"left in /dev/shm: {files}"
+
+    def left_behind(self) -> dict[int, str]:
+        home = f"{self.home.path}/".encode()
+        markers = {m.encode() for node in self._node_names() for m in self._markers(node)}
+        return {
+            pid: _cmdline(pid).replace(b"\0", b" ").decode(errors="replace")[:200]
+            for pid in _pids()
+            if home in _cmdline(pid) or _marker(pid) in markers
+        }
+
+    def _node_names(self) -> list[str]:
+        return [path.name for path in self.home.nodes.glob("*")]
+
+    def _markers(self, node: str) -> list[str]:
+        jobs = (self.home.nodes / node / "jobs").glob("*/*")
+        return [f"{path.parent.name}/{path.name}/{node}" for path in jobs]
+
+
+@contextmanager
+def beacon_of(pid: int) -> Iterator[BeaconReader]:
+    """A rank's beacon, found through its open descriptors."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        if "memfd:keepstep-beacon" in os.readlink(entry):
+            descriptor = os.open(entry, os.O_RDONLY)
+            try:
+                reader = BeaconReader.of_descriptor(descriptor)
+            finally:
+                os.close(descriptor)
+            yield reader
+            reader.close()
+            return
+    raise AssertionError(f"process {pid} has no beacon")
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _marker(pid: int) -> bytes:
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+    found = next((v for v in environ.split(b"\0") if v.startswith(b"KEEPSTEP_ATTEMPT=")), b"")
+    return found.removeprefix(b"KEEPSTEP_ATTEMPT=").strip()
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
