@@ -1,0 +1,91 @@
+"""The rendezvous store of one attempt: a TCPStore in a process of its own that outlives the ranks.
+
+It listens on an IPv4 socket bound beforehand: a dual-stack one makes the server look up ::ffff:127.0.0.1
+for each client, in its only thread, and that costs seconds. Each attempt has a fresh one, at a port
+nobody chose. An interpreter without torch has no store: then a port that was free a moment ago is named,
+and rank 0 may bind it (somebody else may be faster; the attempt then fails and is repeated with
+another).
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+from . import spawn
+from .protocol import MARKER, LaunchFile
+
+
+class Store:
+    """The shim's hold on its store process."""
+
+    def __init__(self, launch: LaunchFile) -> None:
+        self._launch = launch
+        self.pid: int | None = None
+        self._held: int | None = None  # its pidfd
+        self.ready: int | None = None  # readable when the store listens, or never will
+        self.port: int | None = None
+        self.listens = False
+        self.note = ""
+
+    def start(self, *, forked: bool, main: str, let_go: Callable[[], None]) -> None:
+        """Bind, and start the process: forked from a loaded one, else by the job's interpreter."""
+        launch, host = self._launch, self._launch.bind_address
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.bind((host, 0))
+        self.port = listener.getsockname()[1]
+        if not launch.interpreter:
+            self.note = "no store: there is no interpreter to run it"
+            listener.close()
+            return
+        listener.listen(2048)
+        self.ready, told = os.pipe()
+        os.set_blocking(self.ready, False)
+        listening = listener.fileno()
+
+        def child() -> None:
+            let_go()
+            listener.detach()
+            spawn.descriptors(os.dup(2), (listening, told))
+            if forked:
+                serve(listening, told, host)
+            words = (*launch.interpreter, main, "store", str(listening), str(told), host)
+            spawn.execute(words, {**launch.env, MARKER: launch.marker})
+
+        self.pid = spawn.fork(child)
+        self._held = os.pidfd_open(self.pid)
+        os.close(told)
+        listener.close()
+
+    def settle(self) -> None:
+        """`ready` is readable: the store listens, or its process ended before it did."""
+        assert self.ready is not None
+        self.listens = os.read(self.ready, 16) == b"listens"
+        if not self.listens:
+            self.note = "no store: its process ended (see shim.log); rank 0 binds the port"
+        os.close(self.ready)
+        self.ready = None
+
+    def ended(self) -> None:
+        self.pid = None
+        self.listens = False
+
+    def end(self) -> None:
+        if self._held is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._held, signal.SIGKILL)
+
+
+def serve(listening: int, ready: int, host: str) -> None:
+    """Be the store until killed. Ends at once where torch is missing."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    port = socket.socket(fileno=os.dup(listening)).getsockname()[1]
+    store = TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening
+    )  # no world size: whoever comes is served
+    os.write(ready, b"listens")
+    os.close(ready)
+    while store is not None:
+        signal.pause()
