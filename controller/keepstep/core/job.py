@@ -35,34 +35,28 @@ class Elastic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the rotary frequencies for long contexts."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_seq: int = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A Llama 3 transformer: RMSNorm, grouped-query attention, SwiGLU, rotary positions."""
+    """A Llama 3 transformer: RMSNorm, grouped-query attention, SwiGLU, rotary positions, no tied tables."""
 
-    preset: str | None = None  # the name it was taken from; None: every field written out, or some changed
+    preset: str | None = None  # the name it was taken from, perhaps changed since; None: written out
     dim: int
     layers: int
     heads: int
     kv_heads: int
     ffn_dim: int
-    vocab: int
+    vocabulary: int
+    max_seq: int = 8192  # positions beyond it have no rotation
     rope_theta: float = 500_000.0
-    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
-    tied_embeddings: bool = False
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the input table, which does no arithmetic; the output table has as many and does."""
+        return self.vocabulary * self.dim
 
     @property
     def layer_parameters(self) -> int:
@@ -70,22 +64,12 @@ class ModelShape:
         return attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
 
     @property
-    def embedding_parameters(self) -> int:
-        """Of the input embedding, which does no arithmetic (the output projection does)."""
-        return self.vocab * self.dim
-
-    @property
     def parameters(self) -> int:
-        tables = self.embedding_parameters * (1 if self.tied_embeddings else 2)
-        return tables + self.layers * self.layer_parameters + self.dim
+        return 2 * self.embedding_parameters + self.layers * self.layer_parameters + self.dim
 
     def flops_per_token(self, seq: int) -> float:
-        """Forward and backward, causal sparsity not credited: 6 (N - N_embedding) + 12 L D S.
-
-        A tied table still multiplies as the output projection, so it is not taken off then.
-        """
-        idle = 0 if self.tied_embeddings else self.embedding_parameters
-        return 6.0 * (self.parameters - idle) + 12.0 * self.layers * self.dim * seq
+        """Forward and backward, causal sparsity not credited: 6 (N - N_embedding) + 12 L D S."""
+        return 6.0 * (self.parameters - self.embedding_parameters) + 12.0 * self.layers * self.dim * seq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

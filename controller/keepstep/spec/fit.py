@@ -1,0 +1,185 @@
+"""Whether a resolved spec holds together: the layout multiplies out, the model can be cut that way, the batch
+divides. The same checks stand before a document becomes a job and before a stored job is believed.
+"""
+
+import math
+from collections.abc import Iterator
+
+from keepstep.core.job import Batch, CommandRun, JobSpec, LlamaRun, ModelShape, Resources
+from keepstep.core.layout import Layout
+from keepstep.spec.problems import Path, Problem
+
+_MODEL: Path = ("run", "llama", "model")
+_BATCH: Path = ("run", "llama", "batch")
+
+
+def misfits(spec: JobSpec) -> Iterator[Problem]:
+    """Everything that makes the job impossible."""
+    layout, resources = spec.parallelism, spec.resources
+    model: ModelShape | None = None
+    batch: Batch | None = None
+    match spec.run:
+        case LlamaRun(model=model, batch=batch):
+            broken = list(model_problems(model))
+            yield from broken
+            if broken:
+                return
+        case CommandRun():
+            pass
+    if layout.world_size != resources.ranks:
+        yield _does_not_multiply_out(layout, resources, model, batch)
+    elif model is not None and batch is not None:
+        yield from _does_not_cut(model, batch, layout, resources)
+    if spec.elastic.min_dp > layout.dp:
+        what = f"min_dp {spec.elastic.min_dp} is more than the {layout.dp} replicas of the layout"
+        yield Problem(path=("elastic", "min_dp"), what=what, next=f"At most {layout.dp}.")
+    if model is not None and batch is not None:
+        yield from _batch_problems(model, batch, layout)
+
+
+def doubts(spec: JobSpec) -> Iterator[str]:
+    """What is possible, but perhaps not meant."""
+    layout, slots = spec.parallelism, spec.resources.gpus_per_node
+    if layout.tp > 1 and slots % layout.tp:
+        yield f"parallelism: tp {layout.tp} does not divide {slots} GPUs per node: it works across nodes."
+    if isinstance(spec.run, LlamaRun):
+        count = spec.run.batch.micro_batches(layout.dp)
+        if count < layout.pp:
+            yield (
+                f"run.llama.batch: {count} micro-batches a step for {layout.pp} pipeline stages: "
+                f"at least {layout.pp - count} of them are always idle."
+            )
+    if spec.elastic.min_dp < layout.dp and spec.replica_counts == (layout.dp,):
+        yield (
+            f"elastic: no number from {spec.elastic.min_dp} to {layout.dp - 1} divides {layout.dp} replicas: "
+            "the job cannot shrink."
+        )
+    if isinstance(spec.run, CommandRun) and spec.checkpoint.dir is None:
+        yield "checkpoint.dir: not given, so the script restarts from wherever it finds its own state."
+
+
+def model_problems(model: ModelShape) -> Iterator[Problem]:
+    if model.dim % model.heads:
+        what = f"dim {model.dim:,} is no multiple of {model.heads} heads"
+        yield Problem(path=_MODEL, what=what, next=_divisors(model.dim, "heads", near=model.heads))
+    elif model.head_dim % 2:
+        what = f"dim {model.dim:,} / {model.heads} heads = {model.head_dim}, and rotation works on pairs"
+        yield Problem(path=_MODEL, what=what, next="Make it even.")
+    if model.heads % model.kv_heads:
+        what = f"{model.kv_heads} KV heads do not divide {model.heads} heads"
+        yield Problem(path=_MODEL, what=what, next=_divisors(model.heads, "kv_heads", near=model.kv_heads))
+
+
+def cuts(model: ModelShape, layout: Layout) -> Iterator[str]:
+    """Why the built-in trainer cannot cut the model so; nothing if it can."""
+    for noun, count in (
+        ("heads", model.heads),
+        ("KV heads", model.kv_heads),
+        ("FFN columns", model.ffn_dim),
+        ("vocabulary entries", model.vocabulary),
+    ):
+        if count % layout.tp:
+            yield f"tp {layout.tp} does not divide {count:,} {noun}"
+    if layout.pp > model.layers:
+        yield f"pp {layout.pp} is more stages than the model's {model.layers} layers"
+    if layout.cp > 1:
+        yield f"cp {layout.cp}: the built-in trainer has no context parallelism yet"
+
+
+def nearest_layouts(
+    model: ModelShape | None, batch: Batch | None, ranks: int, like: Layout, count: int = 3
+) -> tuple[Layout, ...]:
+    """Layouts of `ranks` ranks that fit the model and the batch, those most like `like` first."""
+    fitting = [
+        layout
+        for layout in _factorisations(ranks)
+        if (model is None or not any(cuts(model, layout)))
+        and (batch is None or (batch.sequences % (layout.dp * batch.micro_batch) == 0))
+    ]
+    fitting.sort(key=lambda layout: (_distance(layout, like), layout.cp, layout.pp, layout.tp))
+    return tuple(fitting[:count])
+
+
+def written(layout: Layout) -> str:
+    """tp 2 pp 2 dp 2"""
+    return str(layout).replace(" x ", " ")
+
+
+def _does_not_multiply_out(
+    layout: Layout, resources: Resources, model: ModelShape | None, batch: Batch | None
+) -> Problem:
+    product = (
+        f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp} x cp {layout.cp} = {layout.world_size:,} ranks"
+    )
+    given = f"{resources.nodes:,} nodes x {resources.gpus_per_node} GPUs = {resources.ranks:,}"
+    nodes, rest = divmod(layout.world_size, resources.gpus_per_node)
+    other = f" Or take {nodes:,} nodes." if not rest else ""
+    advice = _nearest(model, batch, resources.ranks, layout) + other
+    return Problem(path=("parallelism",), what=f"{product}, but resources give {given}.", next=advice.strip())
+
+
+def _does_not_cut(model: ModelShape, batch: Batch, layout: Layout, resources: Resources) -> Iterator[Problem]:
+    reasons = list(cuts(model, layout))
+    if reasons:
+        named = f"the {model.preset} model" if model.preset else "the model"
+        what = f"{written(layout)} does not fit {named}: {'; '.join(reasons)}."
+        yield Problem(path=("parallelism",), what=what, next=_nearest(model, batch, resources.ranks, layout))
+
+
+def _nearest(model: ModelShape | None, batch: Batch | None, ranks: int, like: Layout) -> str:
+    layouts = nearest_layouts(model, batch, ranks, like)
+    if not layouts and batch is not None:
+        return _nearest(model, None, ranks, like)
+    if not layouts:
+        return f"No layout of {ranks:,} ranks fits this model."
+    which = "Nearest layouts that fit this model" if model else "Nearest layouts"
+    return f"{which}: {', '.join(written(each) for each in layouts)}."
+
+
+def _batch_problems(model: ModelShape, batch: Batch, layout: Layout) -> Iterator[Problem]:
+    if batch.seq > model.max_seq:
+        what = f"{batch.seq:,} tokens are more than the model's max_seq of {model.max_seq:,}"
+        next_ = "Shorten it, or give the model a larger max_seq."
+        yield Problem(path=(*_BATCH, "seq"), what=what, next=next_)
+    at = (*_BATCH, "global_tokens")
+    unit = batch.seq * layout.dp * batch.micro_batch
+    below, above = batch.global_tokens // unit * unit, -(-batch.global_tokens // unit) * unit
+    near = f"{below:,} or {above:,}" if below else f"{above:,}"
+    next_ = f"Nearest that fit: {near} tokens." if below != above else ""
+    if batch.global_tokens % batch.seq:
+        what = f"{batch.global_tokens:,} tokens are no whole number of sequences of {batch.seq:,}"
+        yield Problem(path=at, what=what, next=next_)
+    elif batch.sequences % layout.dp:
+        what = (
+            f"{batch.sequences:,} sequences of {batch.seq:,} tokens do not divide over {layout.dp:,} replicas"
+        )
+        yield Problem(path=at, what=what, next=next_)
+    elif batch.sequences // layout.dp % batch.micro_batch:
+        each = batch.sequences // layout.dp
+        what = (
+            f"{each:,} sequences of each replica are no whole number of micro-batches of {batch.micro_batch}"
+        )
+        yield Problem(path=at, what=what, next=next_)
+
+
+def _factorisations(ranks: int) -> Iterator[Layout]:
+    for tp in _all_divisors(ranks):
+        for pp in _all_divisors(ranks // tp):
+            for cp in _all_divisors(ranks // tp // pp):
+                yield Layout(tp=tp, pp=pp, cp=cp, dp=ranks // tp // pp // cp)
+
+
+def _all_divisors(number: int) -> list[int]:
+    small = [k for k in range(1, math.isqrt(number) + 1) if number % k == 0]
+    return sorted({*small, *(number // k for k in small)})
+
+
+def _distance(one: Layout, other: Layout) -> float:
+    """How many doublings lie between two layouts."""
+    pairs = ((one.tp, other.tp), (one.pp, other.pp), (one.cp, other.cp), (one.dp, other.dp))
+    return round(sum(abs(math.log2(a / b)) for a, b in pairs), 6)
+
+
+def _divisors(number: int, field: str, *, near: int) -> str:
+    nearest = sorted(_all_divisors(number), key=lambda k: (abs(math.log2(k / near)), k))[:3]
+    return f"Nearest {field} that divide {number:,}: {', '.join(map(str, sorted(nearest)))}."
