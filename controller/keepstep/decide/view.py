@@ -14,7 +14,6 @@ from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
 from keepstep.core.states import AttemptState, JobState, NodeState
 
-
 NOTHING = Attempt(0)  # the parent of an attempt that begins from nothing
 BEGINNING = Step(0)
 

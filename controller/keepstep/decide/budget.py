@@ -1,0 +1,109 @@
+"""Whether a job that failed may start again, and how long it waits first.
+
+    crash loop   the same failure of the job at the same step, `same_failure_max` times without a new step
+    restarts     failures blamed on the job, within its own window; the infrastructure's do not count
+    breaker      `no_progress_max` attempts in a row without a new step, whoever is to blame
+    back-off     the first restart is immediate; from the second failure without a new step on, exponential
+
+Progress is a step that no attempt completed before. A script that shows no steps makes progress by living.
+"""
+
+from dataclasses import dataclass
+
+from keepstep.decide.place import count
+from keepstep.decide.plan import Policy
+from keepstep.decide.view import Failure, JobView
+
+_BEFORE_ALL = -2  # so that the very first failure, even before any step, does not count as a repetition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """`exhausted` says why the job must not start again; else it may, after `wait_s`."""
+
+    exhausted: str = ""
+    exit_code: int | None = None
+    wait_s: float = 0.0
+    reason: str = ""
+
+
+def budget(job: JobView, policy: Policy) -> Budget:
+    failures = sorted(job.failures, key=lambda failure: -failure.age_s)
+    if not failures:
+        return Budget()
+    newest = failures[-1]
+    in_vain = fruitless(failures, policy)
+    why = _exhausted(job, failures, in_vain, policy)
+    if why:
+        quoted = f" Its first error line: {first_line(newest.error)}" if newest.error else ""
+        return Budget(exhausted=why + quoted, exit_code=newest.exit_code)
+    repeated = len(in_vain)
+    if repeated == 0:
+        return Budget(reason="the first restart is immediate")
+    wait_s = job.spec.recovery.backoff.delay_s(repeated)
+    wait_s = min(max(wait_s, policy.backoff_first_s), policy.backoff_max_s)
+    return Budget(
+        wait_s=wait_s,
+        reason=f"{repeated + 1} failures in a row without a new step: waits {wait_s:g} s before the next",
+    )
+
+
+def fruitless(failures: list[Failure], policy: Policy) -> list[Failure]:
+    """The failures at the end, oldest first, whose attempts completed no step that was not done before."""
+    record, previous = _BEFORE_ALL, None
+    in_vain: list[Failure] = []
+    for failure in failures:
+        lived = previous is not None and failure.step < 0 and previous.age_s - failure.age_s >= policy.lived_s
+        in_vain = [] if failure.step > record or lived else [*in_vain, failure]
+        record, previous = max(record, failure.step), failure
+    return in_vain
+
+
+def _exhausted(job: JobView, failures: list[Failure], in_vain: list[Failure], policy: Policy) -> str:
+    newest, restarts = failures[-1], job.spec.recovery.restarts
+    last_fruitful = failures[len(failures) - len(in_vain) - 1] if len(in_vain) < len(failures) else None
+    streak = [last_fruitful, *in_vain] if last_fruitful is not None else list(in_vain)
+    if newest.blame == "job":
+        same = [
+            one
+            for one in streak
+            if one is not None
+            and one.blame == "job"
+            and (one.signature, one.step) == (newest.signature, newest.step)
+        ]
+        if newest.signature and len(same) >= policy.same_failure_max:
+            where = f"at step {newest.step}" if newest.step >= 0 else "before its first step"
+            times = f"{count(len(same), 'time')} {where} without progress"
+            return f"It fails the same way each time: {newest.signature}, {times}."
+        charged = [one for one in failures if one.blame == "job" and one.age_s <= restarts.per_s]
+        if len(charged) > restarts.max:
+            return (
+                f"{count(len(charged), 'failure')} were blamed on the job within {duration(restarts.per_s)}; "
+                f"its budget is {count(restarts.max, 'restart')}."
+            )
+    most = min(policy.no_progress_max, job.spec.recovery.no_progress_max)
+    if len(streak) >= most:
+        last = newest.signature or f"blamed on the {newest.blame}"
+        return f"{count(len(streak), 'attempt')} in a row made no new step; the last one: {last}."
+    return ""
+
+
+def here_in_vain(job: JobView, policy: Policy) -> dict[str, int]:
+    """Nodes on which the last fruitless failures in a row began, with how many of them."""
+    failures = sorted(job.failures, key=lambda failure: -failure.age_s)
+    counted: dict[str, int] = {}
+    for failure in fruitless(failures, policy):
+        if failure.node is not None:
+            counted[failure.node] = counted.get(failure.node, 0) + 1
+    return {node: times for node, times in counted.items() if times >= policy.in_place_max}
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
+
+
+def first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else ""
