@@ -1,0 +1,103 @@
+"""A checkpoint as a Hugging Face folder, without any rank: tensor by tensor, file by file.
+
+Never more than one file's tensors are in memory. The folder appears whole, by a rename at the end.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from keepstep.core.errors import InputError
+from keepstep.llama.checkpoint import verify
+from keepstep.llama.checkpoint.storage import KINDS, Chunk, read_chunks
+from keepstep.llama.shape import ModelShape
+from keepstep.llama.tokenizer import ByteTokenizer
+from keepstep.llama.weights.naming import config_of, hugging_face_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILE_BYTES = 4 << 30  # of tensors in one file
+
+
+def export(
+    checkpoint: Path, out: Path, *, dtype: str = "float32", file_bytes: int = _FILE_BYTES
+) -> ModelShape:
+    """Write `out` for transformers' from_pretrained. InputError or CorruptCheckpoint if it cannot be done."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            "exists already", where=str(out), why="it is not an empty folder", next="Name a new folder."
+        )
+    if dtype not in DTYPES:
+        raise InputError(
+            f"{dtype!r} is no type of weights", where="dtype", next=f"Use one of {list(DTYPES)}."
+        )
+    manifest = verify(checkpoint)
+    known = {field.name for field in fields(ModelShape)}
+    shape = ModelShape(**{name: value for name, value in manifest.model.items() if name in known})
+
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(checkpoint, partial, shape, dtype, file_bytes)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return shape
+
+
+def _write(checkpoint: Path, folder: Path, shape: ModelShape, dtype: str, file_bytes: int) -> None:
+    groups = list(_groups(shape, DTYPES[dtype].itemsize, file_bytes))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(groups, start=1):
+        file = (
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+        )
+        tensors = _tensors(checkpoint, shape, names, DTYPES[dtype])
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(groups) > 1:
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
+    special = None
+    if shape.vocabulary == ByteTokenizer.vocabulary:
+        special = {"bos": ByteTokenizer.bos, "eos": ByteTokenizer.eos, "pad": ByteTokenizer.pad}
+    _write_json(folder / "config.json", config_of(shape, dtype=dtype, special=special))
+
+
+def _groups(shape: ModelShape, itemsize: int, file_bytes: int) -> Iterator[list[str]]:
+    """Canonical names, file by file; a tensor that is larger than a file gets one of its own."""
+    names: list[str] = []
+    used = 0
+    for name, size in shape.sizes():
+        nbytes = itemsize * torch.Size(size).numel()
+        if names and used + nbytes > file_bytes:
+            yield names
+            names, used = [], 0
+        names.append(name)
+        used += nbytes
+    yield names
+
+
+def _tensors(checkpoint: Path, shape: ModelShape, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    sizes = dict(shape.sizes())
+    whole = {name: torch.empty(sizes[name]) for name in names}
+    chunks = [Chunk(f"{KINDS[0]}.{name}", sizes[name], (0,) * t.dim(), t) for name, t in whole.items()]
+    read_chunks(checkpoint, chunks)
+    return {hugging_face_name(name): tensor.to(dtype) for name, tensor in whole.items()}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
