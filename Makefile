@@ -1,0 +1,99 @@
+# keepstep from a clean clone: needs Python 3.11 or newer with venv, and make. Everything else comes into .venv
+# from files with hashes. A second `make` of what is there already does nothing.
+
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# The system's certificates where there are any, as pip takes them: networks that inspect TLS add theirs there.
+CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem)
+UV_SYSTEM_CERTS ?= $(if $(CERTIFICATES),true,false)
+UV := UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) UV_HTTP_TIMEOUT=60 VIRTUAL_ENV=$(VENV) $(BIN)/uv
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+QUICK := unit property golden contract integration
+
+TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
+HAS_GPU := test -e /proc/driver/nvidia/version || nvidia-smi -L >/dev/null 2>&1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-all check format bench requirements clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
+
+setup: $(VENV)/.installed ## the environment in .venv, with keepstep editable in it
+
+demo: setup ## a gang that trains while ranks and a node are killed under it
+	$(BIN)/keepstep demo
+
+test: setup ## the quick suites: a few minutes
+	$(PYTEST) $(wildcard $(QUICK:%=tests/%)) -m "not slow"
+
+test-slow: setup ## what `make test` leaves out: slow ones and e2e
+	$(PYTEST) tests/e2e || test $$? -eq 5
+	$(PYTEST) tests --ignore=tests/e2e -m slow || test $$? -eq 5
+
+test-all: test test-slow ## every suite
+
+check: setup ## lint, format, types, import contracts, tidiness
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(PYTEST) -q tests/unit/test_tidy.py
+
+format: setup ## let ruff write what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## figures, each against a peer or a limit
+	$(PYTEST) -s tests/bench
+
+clean: ## everything that was made here
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	find agents controller trainer tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment, in three steps that are each redone only when their files change.
+
+$(VENV)/.uv: requirements/uv.txt
+	@test -n "$(PYTHON)" || { echo "keepstep needs Python 3.11 or newer with venv (Debian: apt install python3-venv)." >&2; \
+		echo "  Or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@touch $@
+
+$(VENV)/.requirements: $(VENV)/.uv requirements/dev.txt requirements/torch.txt
+	$(UV) pip install --quiet --no-deps --require-hashes -r requirements/dev.txt
+	@# PyTorch's CPU build is a tenth of the size. Its index has files (and hashes) of its own and may be out of
+	@# reach; the registry's build runs everywhere.
+	@have=$$($(BIN)/python -c "import importlib.metadata as m; print(m.version('torch'))" 2>/dev/null); \
+	if [ "$$have" = "$(TORCH)+cpu" ]; then exit 0; fi; \
+	if [ "$$have" != "$(TORCH)" ] && ! { $(HAS_GPU); }; then \
+		echo "No NVIDIA driver here: asking for PyTorch's CPU build."; \
+		if UV_HTTP_RETRIES=0 $(UV) pip install --quiet --no-deps --torch-backend cpu torch==$(TORCH); then exit 0; fi; \
+		echo "Not to be had: taking the registry's build, which brings CUDA with it (about 3 GB)."; \
+	fi; \
+	$(UV) pip install --quiet --no-deps --require-hashes -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml
+	$(UV) pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Hashes of everything, and the addresses of nothing. PyTorch and what only it needs for CUDA stand apart.
+
+COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-annotate --no-header
+CUDA := ^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==
+NOT_CUDA := ^nvidia-ml-py==
+
+requirements: $(VENV)/.uv ## resolve the hashed requirement files anew (newest: UPGRADE=--upgrade)
+	cat requirements/dev.txt requirements/torch.txt > requirements/all.txt
+	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra dev pyproject.toml requirements/build.in \
+		-o requirements/all.txt
+	awk '/^[a-z]/ { cuda = $$0 ~ /$(CUDA)/ && $$0 !~ /$(NOT_CUDA)/ } !cuda' \
+		requirements/all.txt > requirements/dev.txt
+	awk '/^[a-z]/ { cuda = $$0 ~ /$(CUDA)/ && $$0 !~ /$(NOT_CUDA)/ } cuda' \
+		requirements/all.txt > requirements/torch.txt
+	rm requirements/all.txt
+	echo uv | $(UV) $(COMPILE) $(UPGRADE) - -o requirements/uv.txt
