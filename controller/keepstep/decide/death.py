@@ -142,7 +142,7 @@ def _leased(
     if silence_s >= lease_s + margin_s:
         return Death(
             how="lease",
-            reason=f"the lease of {names} has run out: no word for {lease_s:g} s and {margin_s:g} s of margin",
+            reason=f"the lease of {names} has run out: no word for {lease_s:g} s and {margin_s:g} s more",
         )
     why = why or f"attempt {attempt.number} was never seen to step, so {names} may run without the others"
     return Death(

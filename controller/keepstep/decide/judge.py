@@ -199,7 +199,8 @@ def _silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) ->
         return None
     names = listed([part.node for part in told])
     gang = "made no progress" if attempt.stepped else "did not come to its first step"
-    what = f"{names} is silent for more than {policy.silent_gang_bound_s:g} s, and the gang {gang} for {bound_s:g} s"
+    word = f"{names} is silent for more than {policy.silent_gang_bound_s:g} s"
+    what = f"{word}, and the gang {gang} for {bound_s:g} s"
     return _silence_verdict(told, what, min(max(ages), still_s))
 
 

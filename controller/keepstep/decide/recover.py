@@ -177,7 +177,7 @@ def grow(job: JobView, attempt: AttemptView, view: View, held: Holders, policy: 
         attempt=attempt.number,
         grace_s=job.spec.run.stop.grace_s,
         reason=f"grows from {attempt.layout.dp} to {count(room.layout.dp, 'replica')}: "
-        f"{listed([one.name for one in joining]) or 'room'} has been ready for {policy.grow_after_s:g} s; {at}",
+        f"{listed([one.name for one in joining])} has been ready for {policy.grow_after_s:g} s; {at}",
         rejected=(
             Rejected(option=f"stay at {count(attempt.layout.dp, 'replica')}", why="more nodes are ready"),
         ),
