@@ -101,7 +101,9 @@ class Cluster:
         os.kill(pid, how)
         return pid
 
-    def kill_in_phase(self, ref: str, rank: int, phase: Phase, *, after_step: int, within_s: float = 60.0) -> int:
+    def kill_in_phase(
+        self, ref: str, rank: int, phase: Phase, *, after_step: int, within_s: float = 60.0
+    ) -> int:
         """Kill -9 while the rank's beacon says that it is in `phase`; returns the step it had completed."""
         pid = int(self.ranks(ref)[rank]["pid"])
         deadline = time.monotonic() + within_s

@@ -137,6 +137,7 @@ async def put_bundle(request: Request, who: Submitter, sha256: str) -> dict[str,
     return {"sha256": sha256, "bytes": size}
 
 
+@router.head("/bundles/{sha256}", include_in_schema=False)
 @router.get("/bundles/{sha256}", tags=["bundles"])
 async def get_bundle(request: Request, token: AnyToken, sha256: str) -> FileResponse:
     if token.kind != "agent" and not token.allows("viewer"):

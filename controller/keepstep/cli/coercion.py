@@ -39,20 +39,36 @@ class Plain:
             raise typer.BadParameter(f"{value!r} is not {noun}.", ctx=ctx, param=param) from None
 
 
-def lighten(command: Any) -> None:
-    """Give the plain parameters of a built command plain coercion."""
-    for param in command.params:
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """For any other kind: Typer's own coercion, built only when a value was given."""
+
+    descriptor: Any
+    many: bool
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value is None:
+            return () if self.many else None
+        from typer._coercion import build_runtime_param
+
+        return build_runtime_param(self.descriptor).coerce(value, param=param, ctx=ctx)
+
+
+def lighten(command: Any, ctx: Any) -> None:
+    """Give the parameters of a built command, its --help included, plain coercion."""
+    for param in command.get_params(ctx):
         descriptor = getattr(param, "type_descriptor", None)
         if descriptor is None or not hasattr(param, "_runtime_param"):
             continue  # a Typer that coerces by itself, and lightly
         annotation = descriptor.annotation
         info = descriptor.parameter_info
-        if info.min is not None or info.max is not None or getattr(info, "parser", None) is not None:
-            continue
-        if annotation in _PLAIN:
-            param._runtime_param = Plain(annotation, many=False)
-        elif get_origin(annotation) is list and get_args(annotation)[0] in _PLAIN:
-            param._runtime_param = Plain(get_args(annotation)[0], many=True)
+        bounded = info.min is not None or info.max is not None or getattr(info, "parser", None) is not None
+        many = get_origin(annotation) is list
+        kind = get_args(annotation)[0] if many else annotation
+        if kind in _PLAIN and not bounded:
+            param._runtime_param = Plain(kind, many=many)
+        else:
+            param._runtime_param = Deferred(descriptor, many=many)
 
 
 def _flag(value: Any, param: Any, ctx: Any) -> bool:

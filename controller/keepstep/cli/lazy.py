@@ -5,11 +5,13 @@ from typing import Any
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_group
+from typer.main import get_command, get_group
 
 from keepstep.cli import catalogue
 from keepstep.cli.coercion import lighten
 from keepstep.core.errors import InputError
+
+_HELP = ["-h", "--help"]
 
 
 class LazyGroup(TyperGroup):
@@ -26,7 +28,7 @@ class LazyGroup(TyperGroup):
         found = group if entry.group else group.commands[entry.name]
         found.name = entry.name
         for command in [found, *getattr(found, "commands", {}).values()]:
-            lighten(command)
+            lighten(command, ctx)
         return found
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -56,7 +58,7 @@ app = typer.Typer(
     cls=LazyGroup,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": _HELP},
 )
 
 
@@ -76,6 +78,6 @@ def root(
 
 
 def root_command() -> Any:
-    command = typer.main.get_command(app)
-    lighten(command)
+    command = get_command(app)
+    lighten(command, typer.Context(command, help_option_names=_HELP))
     return command

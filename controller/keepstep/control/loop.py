@@ -117,12 +117,12 @@ class Controller:
             await self.on_store(self.store.beat)
         await self._store_events()
         await self._ask_pools()
-        await self._note_progress()
         for _ in range(_ROUNDS_MAX):
             view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
             plan = decide(view, self.policy)
             if not await self._take(plan, view):
                 break
+        await self._note_progress()
         self._apply()
 
     async def _take(self, plan: p.Plan, view: View) -> bool:

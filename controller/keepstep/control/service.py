@@ -55,6 +55,7 @@ class Settings:
 def serve(settings: Settings) -> int:
     """Run the controller until it ends. Returns the exit code. Errors: InputError, Refused."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     settings.home.make()
     clock = SystemClock()
     store = Store.open(settings.store_url or f"sqlite:///{settings.home.store_file}", clock=clock)

@@ -1,0 +1,176 @@
+"""Three hosts that share nothing but a folder for checkpoints, and a controller on a fourth.
+
+A lost node sends nothing, not even FIN: hosts are cut off by dropping their packets (tests/hosts.py).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hosts import Hosts, missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "namespaces work")]
+
+SCRIPT = Path(__file__).parent / "scripts" / "cube.py"
+AGENTS = ("n1", "n2", "n3")
+
+
+class Site:
+    """The hosts with a controller and agents of the static pool on them."""
+
+    def __init__(self, hosts: Hosts, folder: Path) -> None:
+        self.hosts, self.folder = hosts, folder
+        self.home = folder / "controller"
+        self.shared = folder / "shared"
+        self.shared.mkdir()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        address = self.hosts.address("ctl", "management")
+        self._spawn("ctl", "controller", "--home", str(self.home), "--nodes", "0", "--host", address)
+        self.until(lambda: (self.home / "controller.json").exists(), "the controller to answer")
+        url = json.loads((self.home / "controller.json").read_text())["url"]
+        token = self.keepstep("token", "create", "join", "--join", "-o", "json")["secret"]
+        for name in AGENTS:
+            file = self.folder / f"{name}.token"
+            file.write_text(token)
+            file.chmod(0o600)
+            self._spawn(
+                name, "agent", "--controller", url, "--token-file", str(file), "--node", name,
+                "--dir", str(self.folder / name), "--slots", "4", "--pool", "static",
+                "--address", self.hosts.address(name, "training"),
+                "--interface", self.hosts.interface("training"),
+            )  # fmt: skip
+        self.until(lambda: len(self._connected()) == 3, "three agents to register")
+
+    def keepstep(self, *arguments: str) -> Any:
+        env = {**os.environ, "KEEPSTEP_HOME": str(self.home)}
+        command = self.hosts.command("ctl", sys.executable, "-m", "keepstep.cli.main", *arguments)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout) if "json" in arguments else done.stdout.strip()
+
+    def job(self, ref: str) -> Any:
+        return self.keepstep("status", ref, "-o", "json")
+
+    def until(self, condition: Callable[[], Any], what: str, within_s: float = 90.0) -> None:
+        deadline = time.monotonic() + within_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited {within_s} s for {what}\n{self._logs()}")
+            time.sleep(0.1)
+
+    def until_step(self, job: str, step: int, *, attempt: int = 1, within_s: float = 120.0) -> None:
+        def reached() -> bool:
+            told = self.job(job)
+            assert told["state"] not in {"failed", "cancelled"}, told["reason"]
+            ranks = self.keepstep("describe", job, "-o", "json").get("ranks", [])
+            now = max((rank["step"] for rank in ranks), default=-1)
+            return bool(told["attempt"] and told["attempt"]["number"] >= attempt and now >= step)
+
+        self.until(reached, f"step {step} of attempt {attempt}", within_s)
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _connected(self) -> list[str]:
+        nodes = self.keepstep("node", "list", "-o", "json")
+        rows = nodes["nodes"] if isinstance(nodes, dict) else nodes
+        return [node["name"] for node in rows if node["connected"]]
+
+    def _spawn(self, host: str, *arguments: str) -> None:
+        log = (self.folder / f"{host}.log").open("ab")
+        command = self.hosts.command(host, sys.executable, "-m", "keepstep.cli.main", *arguments)
+        self.processes[host] = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        log.close()
+
+    def _logs(self) -> str:
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with Hosts(("ctl", *AGENTS)) as hosts:
+        site = Site(hosts, tmp_path)
+        try:
+            site.start()
+            yield site
+        finally:
+            site.close()
+
+
+def submit(site: Site, steps: int) -> str:
+    spec = site.folder / "job.yaml"
+    (site.folder / "code").mkdir()
+    (site.folder / "code" / "cube.py").write_bytes(SCRIPT.read_bytes())
+    spec.write_text(f"""
+name: cube
+pool: static
+resources: {{nodes: 2, gpus_per_node: 4, spares: 1}}
+parallelism: {{tp: 2, pp: 2, dp: 2}}
+run:
+  command: [python, cube.py, "{steps}", {site.shared}]
+  workdir: code
+recovery: {{fenced: true}}
+""")
+    return str(site.keepstep("submit", str(spec), "-o", "name"))
+
+
+@pytest.mark.timeout(300)
+def test_a_shipped_job_outlives_a_host_that_falls_silent(site: Site) -> None:
+    job = submit(site, 400)
+    site.until_step(job, 10)
+    assert site.job(job)["attempt"]["nodes"] == ["n1", "n2"]
+    site.hosts.cut("n2")
+    site.until_step(job, 15, attempt=2)
+    told = site.job(job)
+    assert set(told["attempt"]["nodes"]) == {"n1", "n3"}
+    assert told["attempt"]["rung"] == "spare"
+    site.hosts.mend("n2")
+    site.until(lambda: len(site._connected()) == 3, "the host to come back")
+    site.until(lambda: site.job(job)["state"] == "succeeded", "the job", 120)
+    assert json.loads((site.shared / "result.json").read_text())["value"] == pytest.approx(expected(400))
+
+
+@pytest.mark.timeout(300)
+def test_cutting_only_the_way_to_the_controller_costs_no_step(site: Site) -> None:
+    """One real minute; ten are played through in virtual time (tests/golden/decide)."""
+    job = submit(site, 2000)
+    site.until_step(job, 10)
+    site.hosts.cut("n1", "management")
+    site.hosts.cut("n2", "management")
+    cut_at = time.monotonic()
+    while time.monotonic() - cut_at < 60:
+        assert site.job(job)["attempt"]["number"] == 1
+        time.sleep(1)
+    site.hosts.mend("n1", "management")
+    site.hosts.mend("n2", "management")
+    site.until(lambda: len(site._connected()) == 3, "the hosts to come back")
+    site.until_step(job, 600)
+    assert site.job(job)["attempt"]["number"] == 1
+    site.keepstep("cancel", job, "--yes")
+
+
+def expected(steps: int) -> float:
+    """What cube.py computes, on one rank."""
+    values = [float(rank + 1) for rank in range(8)]
+    for step in range(1, steps + 1):
+        for axis in (1, 2, 4):
+            values = [(values[r & ~axis] + values[r | axis]) / 2 for r in range(8)]
+        values = [value + (rank + step) % 7 for rank, value in enumerate(values)]
+    return values[0]
