@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import gang
+import forked
 from keepstep.core import durable
 from keepstep.core.beacon import PAGE, BeaconReader
 from keepstep.core.checkpoints import (
@@ -138,7 +138,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saver, state = saver_of(folder, layout, rank)
         return [save(saver, state, step) for step in (10, 20)]
 
-    assert gang.run(8, work) == [[10, 20]] * 8
+    assert forked.run(8, work) == [[10, 20]] * 8
     return folder
 
 
@@ -165,7 +165,7 @@ def test_loads_bitwise_in_every_layout(saved: Path, layout: Layout) -> None:
     if layout.world_size == 1:
         work(0)
     else:
-        gang.run(layout.world_size, work)
+        forked.run(layout.world_size, work)
 
 
 def test_owned_ranges_that_cut_through_rows_come_back(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_owned_ranges_that_cut_through_rows_come_back(tmp_path: Path) -> None:
         saver, state = saver_of(tmp_path, layout, rank)
         return save(saver, state, 1)
 
-    assert gang.run(6, work) == [1] * 6
+    assert forked.run(6, work) == [1] * 6
     assert_is_step(load_here(tmp_path, 1), 1)
 
 
@@ -237,7 +237,7 @@ def test_every_rank_hears_of_damage_that_one_of_them_found(tmp_path: Path) -> No
             return str(error)
         return ""
 
-    said = gang.run(3, work)
+    said = forked.run(3, work)
     assert said[0] and "__0_0.distcp" in said[0] and said == [said[0]] * 3
 
 
@@ -316,7 +316,7 @@ def test_kill_9_during_a_save_leaves_the_older_one(tmp_path: Path, arm: Callable
             saver.close()
         die()
 
-    assert gang.run(2, work, may_die=True) == [None, None]
+    assert forked.run(2, work, may_die=True) == [None, None]
     assert at(10) in restorable(inventory(tmp_path), Attempt(1), [])
     assert Found(at=at(20), complete=True) not in inventory(tmp_path)
     assert_is_step(load_here(tmp_path, 10), 10)
@@ -329,6 +329,26 @@ def test_kill_9_during_a_save_leaves_the_older_one(tmp_path: Path, arm: Callable
         Found(at=at(10), complete=True),
         Found(at=at(30, 2), complete=True),
     ]
+
+
+def test_nothing_is_committed_without_every_ranks_part(tmp_path: Path) -> None:
+    """A rank that dies after its own file was written, and before it could say so."""
+    layout = Layout(dp=3)
+
+    def work(rank: int) -> bool:
+        saver, state = saver_of(tmp_path, layout, rank)
+        assert save(saver, state, 10) == 10
+        if rank == 2:
+            _before("_gather")(saver)
+        state.state.copy_(expected(state.index, state.dp_rank, 20))
+        saver.save(20, tokens=0, data=POSITION)
+        with pytest.raises(RuntimeError):
+            saver.close()
+        die()
+        return True
+
+    assert forked.run(3, work, may_die=True) == [None] * 3
+    assert inventory(tmp_path) == [Found(at=at(10), complete=True), Found(at=at(20), complete=False)]
 
 
 def test_kill_9_at_any_moment_never_leaves_a_manifest_that_is_not_whole(tmp_path: Path) -> None:
@@ -376,7 +396,7 @@ def test_a_fence_is_seen_by_every_rank(tmp_path: Path) -> None:
         saver, state = saver_of(tmp_path, layout, rank, attempt=4)
         return [save(saver, state, 10), save(saver, state, 20)]
 
-    assert gang.run(2, work) == [[-1, -1]] * 2
+    assert forked.run(2, work) == [[-1, -1]] * 2
     assert inventory(tmp_path) == []
 
 
@@ -401,7 +421,7 @@ def test_a_full_disk_costs_one_checkpoint_and_a_warning(tmp_path: Path) -> None:
         reached.append(save(saver, state, 30))
         return reached, saver.failures, records
 
-    first, second = gang.run(2, work)
+    first, second = forked.run(2, work)
     assert first is not None and second is not None
     assert first[:2] == second[:2] == ([10, 10, 30], 1)
     assert len(first[2]) == 1 and second[2] == []

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import gang
+import forked
 from keepstep.core.beacon import PAGE
 from keepstep.core.checkpoints import MANIFEST, Point, folder_name
 from keepstep.core.errors import InputError
@@ -109,7 +109,7 @@ def test_import_into_a_layout(exported: Path, layout: Layout) -> None:
         assert torch.equal(state.master, expected(state))
         assert state.step == 0 and not state.exp_avg.any() and not state.exp_avg_sq.any()
 
-    gang.run(layout.world_size, work)
+    forked.run(layout.world_size, work)
 
 
 def test_import_of_what_transformers_saved(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_its_moments_is_a_start_too(checkpoint: Path) -> No
         assert torch.equal(state.master, expected(state))
         assert state.step == 0 and not state.exp_avg.any()
 
-    gang.run(2, work)
+    forked.run(2, work)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from keepstep.core.ids import Attempt, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.checkpoint.manifest import File, Manifest
 from keepstep.llama.checkpoint.pieces import owned_pieces
-from keepstep.llama.checkpoint.storage import SavePieces, Writer, chunks_of
+from keepstep.llama.checkpoint.storage import SavePieces, Writer, apart, chunks_of
 from keepstep.llama.flat import FlatState
 from keepstep.session import Session
 
@@ -115,7 +115,7 @@ class Saver:
         at = identity.layout.coordinates(self._rank)
         assert at.dp == state.dp_rank, (at, state.dp_rank)
         pieces = [p for p in owned_pieces(state.index, state.dp_rank) if at.tp == 0 or not p.replicated]
-        self._planner = SavePieces(chunks_of(self._copy, pieces))
+        self._planner = SavePieces([apart(chunk) for chunk in chunks_of(self._copy, pieces)])
         self._plan: SavePlan | None = None
         self._metadata: Metadata | None = None
         self._thread: threading.Thread | None = None

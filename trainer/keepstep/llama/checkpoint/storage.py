@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +67,13 @@ def chunks_of(state: Tensor, pieces: Sequence[Piece], kinds: Sequence[str] = KIN
         for kind, part in zip(kinds, state.chunk(len(kinds)), strict=True)
         for piece in pieces
     ]
+
+
+def apart(chunk: Chunk) -> Chunk:
+    """The same memory as a tensor with a storage of its own, which torch's writer does not have to copy."""
+    tensor = chunk.tensor
+    own = torch.frombuffer(tensor.view(-1).numpy(), dtype=tensor.dtype).view(tensor.shape)
+    return replace(chunk, tensor=own)
 
 
 class SavePieces(DefaultSavePlanner):
