@@ -24,7 +24,8 @@ from keepstep.spec.scalars import size_text
 IGNORE_FILE = ".keepstepignore"
 _SECRETIVE = (
     ".env", ".env.*", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.key", "*.pem", "*.p12", "*.pfx",
-    ".netrc", ".pypirc", ".git-credentials", ".htpasswd", "kubeconfig", "credentials.json", "service-account*.json",
+    ".netrc", ".pypirc", ".git-credentials", ".htpasswd", "kubeconfig", "credentials.json",
+    "service-account*.json",
 )  # fmt: skip
 _HARMLESS = (".env.example", ".env.sample", ".env.template", ".env.dist")
 _PERHAPS = ("*.pem", "*.key")  # a certificate is no secret: looked into

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from keepstep.core.job import Batch, CommandRun, JobSpec, LlamaRun, ModelShape, Resources
 from keepstep.core.layout import Layout
-from keepstep.spec.problems import Path, Problem
+from keepstep.spec.problems import Path, Problem, counted
 
 _MODEL: Path = ("run", "llama", "model")
 _BATCH: Path = ("run", "llama", "batch")
@@ -46,14 +46,15 @@ def doubts(spec: JobSpec) -> Iterator[str]:
         count = spec.run.batch.micro_batches(layout.dp)
         if count < layout.pp:
             yield (
-                f"run.llama.batch: {count} micro-batches a step for {layout.pp} pipeline stages: "
-                f"at least {layout.pp - count} of them are always idle."
+                f"run.llama.batch: {counted(count, 'micro-batch', 'micro-batches')} a step for {layout.pp} "
+                f"pipeline stages: {layout.pp - count} or more of them are idle at any time."
             )
     if spec.elastic.min_dp < layout.dp and spec.replica_counts == (layout.dp,):
-        yield (
-            f"elastic: no number from {spec.elastic.min_dp} to {layout.dp - 1} divides {layout.dp} replicas: "
-            "the job cannot shrink."
+        fewer = range(spec.elastic.min_dp, layout.dp)
+        these = (
+            f"{fewer[0]} does not divide" if len(fewer) == 1 else f"none of {fewer[0]} to {fewer[-1]} divides"
         )
+        yield f"elastic: {these} {layout.dp} replicas, so the job cannot shrink."
     if isinstance(spec.run, CommandRun) and spec.checkpoint.dir is None:
         yield "checkpoint.dir: not given, so the script restarts from wherever it finds its own state."
 
@@ -108,12 +109,12 @@ def written(layout: Layout) -> str:
 def _does_not_multiply_out(
     layout: Layout, resources: Resources, model: ModelShape | None, batch: Batch | None
 ) -> Problem:
-    product = (
-        f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp} x cp {layout.cp} = {layout.world_size:,} ranks"
-    )
-    given = f"{resources.nodes:,} nodes x {resources.gpus_per_node} GPUs = {resources.ranks:,}"
+    ranks = counted(layout.world_size, "rank")
+    product = f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp} x cp {layout.cp} = {ranks}"
+    nodes_given, gpus = counted(resources.nodes, "node"), counted(resources.gpus_per_node, "GPU")
+    given = f"{nodes_given} x {gpus} = {resources.ranks:,}"
     nodes, rest = divmod(layout.world_size, resources.gpus_per_node)
-    other = f" Or take {nodes:,} nodes." if not rest else ""
+    other = f" Or take {counted(nodes, 'node')}." if not rest else ""
     advice = _nearest(model, batch, resources.ranks, layout) + other
     return Problem(path=("parallelism",), what=f"{product}, but resources give {given}.", next=advice.strip())
 
@@ -128,11 +129,12 @@ def _does_not_cut(model: ModelShape, batch: Batch, layout: Layout, resources: Re
 
 def _nearest(model: ModelShape | None, batch: Batch | None, ranks: int, like: Layout) -> str:
     layouts = nearest_layouts(model, batch, ranks, like)
-    if not layouts and batch is not None:
-        return _nearest(model, None, ranks, like)
-    if not layouts:
-        return f"No layout of {ranks:,} ranks fits this model."
     which = "Nearest layouts that fit this model" if model else "Nearest layouts"
+    if not layouts:
+        layouts = nearest_layouts(model, None, ranks, like)
+        which = f"{which}, with another batch"
+    if not layouts:
+        return f"No layout of {counted(ranks, 'rank')} fits this model."
     return f"{which}: {', '.join(written(each) for each in layouts)}."
 
 

@@ -5,6 +5,7 @@ nothing, since what follows from a mistake is not worth telling.
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from keepstep.core.job import CommandRun, JobSpec, LlamaRun
 from keepstep.spec.document import JobDocument
 from keepstep.spec.fit import doubts, misfits
 from keepstep.spec.overrides import apply_overrides
-from keepstep.spec.problems import refuse
+from keepstep.spec.problems import counted, refuse
 from keepstep.spec.resolve import Unresolved, resolve
 from keepstep.spec.source import Document, parse, read_file
 from keepstep.spec.violations import problems_of
@@ -63,9 +64,9 @@ def check(
 
 def checked(spec: JobSpec) -> Checked:
     layout, resources = spec.parallelism, spec.resources
-    where = f"{resources.nodes:,} x {resources.gpus_per_node} slots in pool {spec.pool}"
+    where = counted(resources.nodes, "node") + (f" of pool {spec.pool}" if spec.pool != "local" else "")
     if resources.spares:
-        where += f", {resources.spares:,} spare"
+        where += f" and {counted(resources.spares, 'spare')}"
     match spec.run:
         case LlamaRun(model=model, batch=batch, steps=steps):
             named = f"{model.preset} model" if model.preset else "model"
@@ -75,12 +76,14 @@ def checked(spec: JobSpec) -> Checked:
                 else f"{model.parameters / 1e6:.1f} M"
             )
             micro = batch.micro_batches(layout.dp)
-            what = f"llama3 {named}, {size} parameters, {steps:,} steps of {batch.global_tokens:,} tokens"
-            what = f"{what} ({batch.sequences:,} x {batch.seq:,}; {micro:,} micro-batches a replica)"
+            length = f"{counted(steps, 'step')} of {batch.global_tokens:,} tokens"
+            per_replica = f"{counted(micro, 'micro-batch', 'micro-batches')} a replica"
+            cut = f"{counted(batch.sequences, 'sequence')} of {batch.seq:,}, {per_replica}"
+            what = f"llama3 {named}, {size} parameters, {length} ({cut})"
             parameters: int | None = model.parameters
         case CommandRun(command=command):
-            what, parameters = " ".join(command), None
-    summary = f"{spec.name}: {what}; {layout} = {layout.world_size:,} ranks on {where}"
+            what, parameters = shlex.join(command), None
+    summary = f"{spec.name}: {what}; {layout} = {counted(layout.world_size, 'rank')} on {where}"
     return Checked(spec=spec, warnings=tuple(doubts(spec)), parameters=parameters, summary=summary)
 
 

@@ -73,6 +73,11 @@ def dotted(path: Path) -> str:
     return text
 
 
+def counted(count: int, noun: str, many: str = "") -> str:
+    """1 rank, 2 ranks, 16,384 ranks"""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence that helps with a misspelt word: the nearest ones, or all if they are few."""
     known = list(known)

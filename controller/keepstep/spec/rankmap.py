@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import local_ranks
+from keepstep.spec.problems import counted
 
 _MOST_ROWS = 512
 
@@ -36,7 +37,7 @@ def rank_map(
     lines = [_line(row, widths, left=len(dimensions) + 1) for row in rows]
     if world > len(shown):
         lines.insert(1 + most_rows // 2, f"... {world - len(shown):,} more ...")
-    head = f"{layout} = {world:,} ranks on {count:,} nodes, {per_node} on each"
+    head = f"{layout} = {counted(world, 'rank')} on {counted(count, 'node')}, {per_node} on each"
     return "\n".join([head, *lines])
 
 

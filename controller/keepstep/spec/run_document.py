@@ -1,6 +1,6 @@
 """The `run` part of the document: the built-in trainer or a command, and how its processes are set up."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -216,6 +216,8 @@ class EnvFromSection(Section):
 class RunSection(Section):
     """What runs in each rank: llama (the built-in trainer), command, or module."""
 
+    present_when_empty: ClassVar[frozenset[str]] = frozenset({"llama"})
+
     llama: LlamaSection | None = None
     """The built-in trainer; {} trains the debug model on this Python's own sources."""
     command: Words | None = None
@@ -270,3 +272,7 @@ class RunSection(Section):
     """Modules that this process imports ahead, beside those that keepstep knows by itself."""
     logs: LogsSection = LogsSection()
     """What a node keeps of each rank's output."""
+
+    @classmethod
+    def hint(cls) -> str:
+        return "Write   command: python train.py   beneath it, or   llama: {}   for the built-in trainer."

@@ -69,7 +69,7 @@ def some_text(value: Any) -> str:
 def name(value: Any) -> str:
     result = text(value)
     if NAME.fullmatch(result) is None:
-        better = re.sub(r"[^a-z0-9]+", "-", result.casefold()).strip("-0123456789")[:48].rstrip("-")
+        better = re.sub(r"[^a-z0-9]+", "-", result.casefold()).lstrip("-0123456789")[:48].rstrip("-")
         why = "at most 48 lower-case letters, digits and -, a letter first and no - at the end"
         raise wrong(f"{shown(result)} is no name", why=why, next=f"Try {better}." if better else "")
     return result
@@ -126,7 +126,8 @@ def truth(value: Any) -> bool:
     if isinstance(value, Plain) and value in ("true", "false"):
         return value == "true"
     if isinstance(value, str) and value.casefold() in TRUTH_WORDS:
-        raise wrong(f"must be true or false, not {shown(value)}", next=f"Write {_truth_of(value)}, unquoted.")
+        next_ = f"Write {_truth_of(value)}, unquoted."
+        raise wrong(f"must be true or false, not {noun(value)}", next=next_)
     raise wrong(f"must be true or false, not {noun(value)}")
 
 

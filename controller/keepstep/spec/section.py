@@ -4,7 +4,7 @@ A field that is there but empty (`checkpoint:` with nothing beneath) counts as l
 """
 
 import shlex
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
@@ -13,6 +13,9 @@ from keepstep.spec.scalars import noun, some_text, wrong
 
 
 class Section(BaseModel):
+    present_when_empty: ClassVar[frozenset[str]] = frozenset()
+    """Sections that are meant even with nothing beneath them."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True
     )
@@ -26,7 +29,9 @@ class Section(BaseModel):
             return {}
         if not isinstance(value, dict):
             return cls.short(value)
-        return {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
+        empty: dict[str, Any] = {name: {} for name in cls.present_when_empty if name in value}
+        kept = {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
+        return {**empty, **kept}
 
     @classmethod
     def short(cls, value: Any) -> Any:

@@ -44,6 +44,9 @@ class Document:
 
     def place(self, path: Path, *, at_key: bool = False) -> Place:
         """Of a field, or of the nearest one around it if it is not in the text."""
+        if path and path not in self.spots:
+            beneath = [at for at in self.spots if at[: len(path)] == path]
+            path = min(beneath, key=len, default=path)  # --set made the field for the sake of one within it
         for length in range(len(path), 0, -1):
             spot = self.spots.get(path[:length])
             if spot is not None:

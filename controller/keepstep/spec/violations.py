@@ -38,8 +38,10 @@ def _problem(detail: ErrorDetails) -> Problem:
         case "spec":
             what, why, next_ = (str(context.get(part, "")) for part in ("what", "why", "next"))
             return Problem(path=path, what=what, why=why, next=next_, at_key=at_key)
+        case "missing" if path and isinstance(path[-1], int):
+            return Problem(path=path[:-1], what="has too few values", next=_meaning(path))
         case "missing":
-            return _missing(path)
+            return Problem(path=path, what="is missing", next=_meaning(path))
         case "extra_forbidden":
             return _unknown(path)
         case kind if kind in _BOUNDS:
@@ -57,10 +59,9 @@ def _problem(detail: ErrorDetails) -> Problem:
             return Problem(path=path, what=detail["msg"][:1].lower() + detail["msg"][1:])
 
 
-def _missing(path: Path) -> Problem:
+def _meaning(path: Path) -> str:
     entry = entry_at(path)
-    next_ = entry.info.description or "" if entry else ""
-    return Problem(path=path, what="is missing", next=_one_line(next_))
+    return " ".join((entry.info.description or "").split()) if entry else ""
 
 
 def _unknown(path: Path) -> Problem:
@@ -95,7 +96,3 @@ def _in_units(entry: Entry | None, bound: float) -> str:
 
 def _said(value: Any) -> str:
     return shown(value) if isinstance(value, str) else noun(value) if value is None else str(value)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
