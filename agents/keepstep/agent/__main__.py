@@ -1,0 +1,57 @@
+"""`python -m keepstep.agent`: what `keepstep agent` runs, without the command line's imports."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from keepstep.agent.main import run_agent
+from keepstep.agent.settings import AgentSettings
+from keepstep.core.errors import KeepstepError
+
+
+def parse(arguments: list[str] | None = None) -> AgentSettings:
+    parser = argparse.ArgumentParser(
+        prog="keepstep agent", description="Run a node's agent in the foreground."
+    )
+    add = parser.add_argument
+    add("--dir", type=Path, required=True, help="this agent's own state folder, on a local disk")
+    add("--node", help="the node's name [the host name]")
+    add("--controller", action="append", default=[], metavar="URL", help="may be given more than once")
+    add("--endpoint-file", type=Path, metavar="FILE", help="JSON with url and token, read at each connection")
+    add("--token-file", type=Path, metavar="FILE", help="a token to join with, or another one")
+    add("--pool", default="static")
+    add("--role", choices=("run", "watch", "run+watch"), default="run")
+    add("--slots", type=int, help="ranks at once [one for each GPU, else for each CPU]")
+    add("--gpus", help="UUIDs or indexes, with commas; empty: none [all there are]")
+    add("--label", action="append", default=[], metavar="NAME=VALUE")
+    add("--address", help="where ranks of other nodes reach this node's [the route to the controller]")
+    add("--interface", help="the network interface of that address")
+    add("--attached", action="store_true", help="belongs to a terminal: when it goes, its ranks go")
+    add("--drain", action="store_true", help="end the ranks before leaving")
+    add(
+        "--exit-when-orphaned", type=float, metavar="SECONDS", help="without controller and ranks for so long"
+    )
+    given = parser.parse_args(arguments)
+    gpus = None if given.gpus is None else tuple(filter(None, given.gpus.split(",")))
+    labels = dict(label.split("=", 1) for label in given.label if "=" in label)
+    values = {
+        "dir": given.dir, "controllers": tuple(given.controller), "endpoint_file": given.endpoint_file,
+        "token_file": given.token_file, "pool": given.pool, "role": given.role, "slots": given.slots,
+        "gpus": gpus, "labels": labels, "address": given.address, "interface": given.interface,
+        "attached": given.attached, "drain": given.drain, "exit_when_orphaned_s": given.exit_when_orphaned,
+    }  # fmt: skip
+    return AgentSettings(**values) if given.node is None else AgentSettings(node=given.node, **values)
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return run_agent(parse())
+    except KeepstepError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - to a person or a service manager
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

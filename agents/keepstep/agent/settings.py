@@ -1,0 +1,54 @@
+"""What an agent is told when it is started. Seconds, unless a name says otherwise."""
+
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """How much of dead attempts is kept for people who come later: their logs, above all."""
+
+    attempts: int = 5  # of one job
+    jobs: int = 50
+    bytes: int = 2 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    node: str = field(default_factory=platform.node)  # the name the controller knows this machine by
+    dir: Path  # this agent's own state; survives it, and is what makes "at most once" true
+    controllers: tuple[str, ...] = ()  # http(s) URLs, tried in turn
+    endpoint_file: Path | None = (
+        None  # JSON with url and token, read anew at each connection (controller.json)
+    )
+    token: str | None = field(default=None, repr=False)  # of a join; a stored credential wins over it
+    token_file: Path | None = None
+    pool: str = "static"
+    role: str = "run"  # run | watch | run+watch
+    slots: int | None = None  # ranks at once; None: one for each GPU, else for each CPU
+    gpus: tuple[str, ...] | None = (
+        None  # UUIDs or indexes as CUDA_VISIBLE_DEVICES takes them; None: found out
+    )
+    labels: dict[str, str] = field(default_factory=dict)
+    address: str | None = (
+        None  # where ranks of other nodes reach this one's; None: the route to the controller
+    )
+    interface: str | None = None
+    attached: bool = False  # belongs to a terminal: when it goes, its ranks go
+    drain: bool = False  # end the ranks before leaving (otherwise they go on: an upgrade)
+    exit_when_orphaned_s: float | None = (
+        None  # a local agent with nothing to do does not outlive its controller
+    )
+    leave_within_s: float = 5.0  # for the last report to be acknowledged, once nothing is left to end
+    reconnect_first_s: float = 0.2  # the controller on this machine may be back in a moment
+    reconnect_max_s: float = 15.0  # full jitter up to here: 16,384 agents must not come back in step
+    prepare_within_s: float = (
+        600.0  # bundle, code and standby server; the controller has its own, shorter bound
+    )
+    spool_bytes: int = 16 << 20  # of unacknowledged events; the oldest go first, and the gap is told
+    history: History = History()
+
+    @property
+    def runs_ranks(self) -> bool:
+        return self.role != "watch"
