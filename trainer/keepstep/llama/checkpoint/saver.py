@@ -14,6 +14,7 @@ which save they are in.
 """
 
 import logging
+import queue
 import shutil
 import threading
 import time
@@ -118,7 +119,11 @@ class Saver:
         self._planner = SavePieces([apart(chunk) for chunk in chunks_of(self._copy, pieces)])
         self._plan: SavePlan | None = None
         self._metadata: Metadata | None = None
-        self._thread: threading.Thread | None = None
+        # One thread for all saves: handing it work does not wait for it, starting a thread would.
+        self._work: queue.SimpleQueue[_Save | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._idle.set()
         self._failed: BaseException | None = None
         self._outcome = _Outcome()
         self._saved, self._committed, self._reported = -1, -1, -1
@@ -130,7 +135,7 @@ class Saver:
         Nothing is done for a step that was saved before or once a newer attempt has taken over.
         """
         begin = time.monotonic_ns()
-        self._join(self._wait_s)
+        self._wait(self._wait_s)
         if self._outcome.fenced_by or step <= self._saved:
             return
         self._saved = step
@@ -139,10 +144,12 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         at = Point(step=Step(step), attempt=Attempt(self._identity.attempt))
         save = _Save(at=at, folder=self._folder / folder_name(at), tokens=tokens, data=dict(data))
-        self._thread = threading.Thread(
-            target=self._run, args=(save,), name=f"checkpoint-{step}", daemon=True
-        )
-        self._thread.start()
+        if self._worker is None:
+            # A daemon: a process that fails must not wait for peers that may be gone.
+            self._worker = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
+            self._worker.start()
+        self._idle.clear()
+        self._work.put(save)
         self._session.stalled(time.monotonic_ns() - begin)
 
     def poll(self) -> int:
@@ -154,30 +161,38 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return not self._idle.is_set()
 
     def close(self, wait_s: float | None = None) -> int:
-        """Wait for a save under way, then `poll`. TimedOut if it does not end."""
-        self._join(self._wait_s if wait_s is None else wait_s)
+        """Wait for a save under way, end the thread, then `poll`. TimedOut if the save does not end."""
+        self._wait(self._wait_s if wait_s is None else wait_s)
+        if self._worker is not None:
+            self._work.put(None)
+            self._worker.join()
+            self._worker = None
         return self.poll()
 
-    def _join(self, wait_s: float) -> None:
-        if self._thread is not None:
-            self._thread.join(wait_s)
-            if self._thread.is_alive():
-                raise TimedOut(
-                    f"the checkpoint of step {self._saved} is not written after {wait_s:g} s",
-                    where=str(self._folder),
-                    next="Look at the file system that holds the folder; the job restarts from the last one.",
-                )
-            self._thread = None
+    def _wait(self, wait_s: float) -> None:
+        if not self._idle.wait(wait_s):
+            raise TimedOut(
+                f"the checkpoint of step {self._saved} is not written after {wait_s:g} s",
+                where=str(self._folder),
+                next="Look at the file system that holds the folder; the job restarts from the last one.",
+            )
         if self._failed is not None:  # the ranks can no longer agree: this gang has lost a member
             raise self._failed
 
     # -- in the thread --------------------------------------------------------------------------------------
 
+    def _serve(self) -> None:
+        while (save := self._work.get()) is not None:
+            try:
+                self._run(save)
+            finally:
+                self._idle.set()
+
     def _run(self, save: _Save) -> None:
-        """The thread's outermost frame: whatever ends it is raised by the next save or close."""
+        """The thread's outermost boundary: whatever ends a save is raised by the next one, or by close."""
         try:
             self._outcome = self._write(save)
         except BaseException as error:  # noqa: BLE001 - handed to the thread that trains
