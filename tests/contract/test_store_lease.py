@@ -162,9 +162,9 @@ def test_a_transaction_that_began_before_a_takeover_keeps_it_out(opened: Callabl
     first, second = opened(), opened(busy_s=0.3)
     first.acquire(this_process())
     with first.transaction() as write:
-        write.add_event(NewEvent(kind="test", text="first"))
         with pytest.raises(Refused, match="does not move"):
             second.acquire(this_process(), patience_s=0.1)
+        write.add_event(NewEvent(kind="test", text="first"))
     assert [event.text for event in first.events().items] == ["first"]
 
 
