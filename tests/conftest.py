@@ -1,6 +1,11 @@
 """Options and fixtures of all tiers."""
 
+import hypothesis
 import pytest
+
+# Deadlines of single examples say more of the machine than of the code.
+hypothesis.settings.register_profile("keepstep", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("keepstep")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

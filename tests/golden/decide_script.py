@@ -123,7 +123,10 @@ class Scene:
         """One line; a question's answer."""
         verb, *words = shlex.split(line)
         flags = [word for word in words if "=" not in word]
-        said = dict(word.split("=", 1) for word in words if "=" in word) | dict.fromkeys(flags, "yes")
+        said: Words = dict.fromkeys(flags, "yes")
+        for word in words:
+            key, equals, value = word.partition("=")
+            said |= {key: value} if equals else {}
         answer = getattr(self, f"on_{verb}")(flags, said)
         return answer if isinstance(answer, list) else []
 
@@ -206,8 +209,8 @@ class Scene:
         ranks = part.ranks
         if phase in (PartPhase.RUNNING, PartPhase.PREPARED):
             live = RankPhase.RUNNING if phase is PartPhase.RUNNING else RankPhase.WAITING
-            numbers = local_ranks(attempt.layout.world_size, len(attempt.parts), self.part)
-            ranks = tuple(RankView(rank=Rank(n), phase=live, step=attempt.step) for n in numbers)
+            local = local_ranks(attempt.layout.world_size, len(attempt.parts), self.part)
+            ranks = tuple(RankView(rank=Rank(n), phase=live, step=attempt.step) for n in local)
         alive = int(said.get("alive", 0 if phase in (PartPhase.DEAD, PartPhase.REFUSED) else len(ranks)))
         master = said.get("master", "").split(":")
         part = replace(
@@ -253,7 +256,7 @@ class Scene:
     def on_lineage(self, flags: list[str], _: Words) -> None:
         links = []
         for flag in flags:
-            number, _, parent = flag.partition("<")
+            number, _less, parent = flag.partition("<")
             at = _stored(parent) if parent else Stored(attempt=Attempt(0), step=Step(0))
             links.append(Link(attempt=Attempt(int(number)), parent=at.attempt, parent_step=at.step))
         self.jobs[self.job] = replace(self.now, lineage=tuple(links))
@@ -262,7 +265,7 @@ class Scene:
         failure = Failure(
             age_s=float(said.get("age", 1)),
             blame=said.get("blame", "job"),
-            attempt=Attempt(int(said.get("attempt", 1))),
+            attempt=Attempt(int(said.get("attempt", self.now.attempts))),
             step=int(said.get("step", -1)),
             signature=said.get("signature", ""),
             node=Node(said["node"]) if "node" in said else None,
@@ -281,7 +284,9 @@ class Scene:
         self.jobs[self.job] = replace(self.now, inventory=found)
 
     def on_asked(self, _: list[str], said: Words) -> None:
-        asked = tuple(Asked(kind="inventory", node=Node(n), age_s=float(age)) for n, age in said.items())
+        asked = tuple(
+            Asked(kind="inventory", node=Node(name), age_s=float(age)) for name, age in said.items()
+        )
         self.jobs[self.job] = replace(self.now, asked=asked)
 
     def on_moment(self, flags: list[str], said: Words) -> None:
@@ -411,13 +416,8 @@ def _what(change: p.JobChange) -> str:
             return f"GO attempt {change.attempt}"
         case p.Stepped():
             return f"STEPPED attempt {change.attempt}, step {change.step}"
-        case p.End(verdict=None):
-            return f"END attempt {change.attempt}, grace {change.grace_s:g} s"
-        case p.End(verdict=p.Verdict() as verdict):
-            who = "" if verdict.rank is None else f" rank {verdict.rank}"
-            where = "" if verdict.node is None else f" on {verdict.node}"
-            files = f", {change.finish_s:g} s to finish files" if change.finish_s else ""
-            return f"END attempt {change.attempt}: {verdict.kind}{who}{where} ({verdict.blame}){files}"
+        case p.End():
+            return _end(change)
         case p.Dead():
             return f"DEAD attempt {change.attempt} ({change.how})"
         case p.Complete():
@@ -434,3 +434,13 @@ def _what(change: p.JobChange) -> str:
             return f"COLLECT {change.kind} from {change.node} within {change.within_s:g} s"
         case _:
             raise AssertionError(change)
+
+
+def _end(change: p.End) -> str:
+    verdict = change.verdict
+    if verdict is None:
+        return f"END attempt {change.attempt}, grace {change.grace_s:g} s"
+    who = "" if verdict.rank is None else f" rank {verdict.rank}"
+    where = "" if verdict.node is None else f" on {verdict.node}"
+    files = f", {change.finish_s:g} s to finish files" if change.finish_s else ""
+    return f"END attempt {change.attempt}: {verdict.kind}{who}{where} ({verdict.blame}){files}"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from golden.decide_script import Scene
 
 FOLDER = Path(__file__).parent / "decide"

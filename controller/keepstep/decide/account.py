@@ -4,7 +4,7 @@ The control loop records moments; between two of them every slot of the gang is 
 stands by. Sums are whole microseconds, so that the buckets add up to slots x time exactly.
 
     waiting       queued: counted with the slots it asks for, though it holds none
-    starting      from the first placement to its first step
+    starting      from a placement that follows no incident to its first step
     productive    steps that nobody had done before
     replayed      steps that were done before and lost
     detecting     from the failure to the verdict
@@ -200,11 +200,9 @@ def _next(now: _Now, moment: Moment) -> _Now:
         case "submitted" | "queued":
             return replace(now, bucket="waiting", slots=moment.slots, spare_slots=0, incident=moment.incident)
         case "placed":
-            # Anything but a job's first start is the way back from something.
-            again = moment.incident is not None or now.trained
             return replace(
                 now,
-                bucket="recovering" if again else "starting",
+                bucket="starting" if moment.incident is None else "recovering",
                 slots=moment.slots,
                 spare_slots=moment.spare_slots,
                 attempt=moment.attempt,

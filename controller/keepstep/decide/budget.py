@@ -10,6 +10,7 @@ Progress is a step that no attempt completed before. A script that shows no step
 
 from dataclasses import dataclass
 
+from keepstep.core.ids import Node
 from keepstep.decide.place import count
 from keepstep.decide.plan import Policy
 from keepstep.decide.view import Failure, JobView
@@ -32,6 +33,8 @@ def budget(job: JobView, policy: Policy) -> Budget:
     if not failures:
         return Budget()
     newest = failures[-1]
+    if newest.attempt != job.attempts:
+        return Budget(reason="the last attempt did not fail")
     in_vain = fruitless(failures, policy)
     why = _exhausted(job, failures, in_vain, policy)
     if why:
@@ -88,14 +91,11 @@ def _exhausted(job: JobView, failures: list[Failure], in_vain: list[Failure], po
     return ""
 
 
-def here_in_vain(job: JobView, policy: Policy) -> dict[str, int]:
-    """Nodes on which the last fruitless failures in a row began, with how many of them."""
+def worn_out(job: JobView, policy: Policy) -> frozenset[Node]:
+    """Nodes on which the last fruitless failures began too often to be tried again before others."""
     failures = sorted(job.failures, key=lambda failure: -failure.age_s)
-    counted: dict[str, int] = {}
-    for failure in fruitless(failures, policy):
-        if failure.node is not None:
-            counted[failure.node] = counted.get(failure.node, 0) + 1
-    return {node: times for node, times in counted.items() if times >= policy.in_place_max}
+    nodes = [failure.node for failure in fruitless(failures, policy) if failure.node is not None]
+    return frozenset(node for node in nodes if nodes.count(node) >= policy.in_place_max)
 
 
 def duration(seconds: float) -> str:

@@ -47,7 +47,8 @@ def reachable(node: NodeView | None) -> bool:
 
 def known_dead(part: PartView, node: NodeView | None) -> bool:
     """A part is started at most once, so its death is for good."""
-    return part.phase is PartPhase.DEAD or (node is not None and bool(node.confirmed))
+    ended = part.phase is PartPhase.DEAD or (part.phase is PartPhase.REFUSED and part.alive == 0)
+    return ended or (node is not None and bool(node.confirmed))
 
 
 def death(
@@ -147,7 +148,7 @@ def _leased(
     why = why or f"attempt {attempt.number} was never seen to step, so {names} may run without the others"
     return Death(
         how="",
-        reason=f"{why}: nothing starts elsewhere until {names} reports, is confirmed lost "
+        reason=f"{why}: nothing starts elsewhere before there is word of {names}, or its loss is confirmed "
         f"(keepstep node confirm-lost), or its orphan lease of {lease_s:g} s has run out",
         due_s=lease_s + margin_s - silence_s,
     )
@@ -164,10 +165,10 @@ def _names(parts: list[PartView]) -> str:
 
 
 def _confirmed(dead: list[PartView], nodes: Mapping[Node, NodeView]) -> str:
-    reports = [part.node for part in dead if part.phase is PartPhase.DEAD]
+    reports = [part.node for part in dead if part.phase in (PartPhase.DEAD, PartPhase.REFUSED)]
     said = [f"{listed(reports)} {'reports' if len(reports) == 1 else 'report'} its end"] if reports else []
     for part in dead:
         node = nodes.get(part.node)
-        if part.phase is not PartPhase.DEAD and node is not None:
+        if part.node not in reports and node is not None:
             said.append(f"{part.node} is lost ({node.confirmed})")
     return listed(said)

@@ -11,6 +11,7 @@ from typing import assert_never
 
 from keepstep.core.ids import JobId, Node, Step
 from keepstep.core.states import AttemptState, JobState, NodeEvent, NodeState
+from keepstep.decide.budget import worn_out
 from keepstep.decide.death import death, fenced, orphan_lease_s
 from keepstep.decide.judge import Pending, judge
 from keepstep.decide.place import could_ever, layouts, listed, missing, place, survey
@@ -109,7 +110,7 @@ class _Deciding:
         if job.wait_s > 0:
             return Wait(job=job.id, reason=job.reason or "waits for its back-off", due_s=job.wait_s)
         first = (*job.ended.nodes, *job.ended.spares) if job.ended is not None else ()
-        there = survey(job, self.view.nodes, self.held, first)
+        there = survey(job, self.view.nodes, self.held, first, worn_out(job, self.policy))
         # Right after a controller's start nodes are still coming back: no reason to start with fewer.
         smaller = job.attempts > 0 and self.returned
         options = layouts(job.spec) if smaller else layouts(job.spec)[:1]

@@ -66,7 +66,7 @@ def judge(
     """`returned`: agents had their time to come back after this controller's start."""
     return (
         _refused(attempt)
-        or _crashed(attempt, policy)
+        or _crashed(attempt, nodes, policy)
         or _lost(attempt, nodes)
         or _vanished(attempt)
         or (_silent(job, attempt, nodes, policy) if returned else None)
@@ -95,17 +95,15 @@ def _refused(attempt: AttemptView) -> Verdict | None:
     )
 
 
-def _crashed(attempt: AttemptView, policy: Policy) -> Verdict | Pending | None:
+def _crashed(attempt: AttemptView, nodes: Nodes, policy: Policy) -> Verdict | Pending | None:
     exits = [_Exit(part=part, rank=rank) for part in attempt.parts for rank in part.ranks if rank.failed]
     if not exits:
         return None
     cause = _cause(exits, policy.settle_s)
-    if cause.like_a_victim and cause.age_s < policy.settle_s and _more_may_come(attempt, exits):
-        return Pending(
-            reason=f"rank {cause.rank.rank} on {cause.part.node} died of {_how(cause.rank)}, like one whose "
-            f"peer went first: waits {policy.settle_s:g} s for word of that peer",
-            due_s=policy.settle_s - cause.age_s,
-        )
+    if cause.like_a_victim:
+        elsewhere = _of_a_peer(attempt, cause, exits, nodes, policy)
+        if elsewhere is not None:
+            return elsewhere
     rank, others = cause.rank, len(exits) - 1
     role = f" ({attempt.layout.coordinates(rank.rank)})" if rank.rank < attempt.layout.world_size else ""
     step = f" after step {rank.step}" if rank.step >= 0 else ""
@@ -142,9 +140,31 @@ def _cause(exits: list[_Exit], close_s: float) -> _Exit:
     return min(close, key=lambda one: (one.like_a_victim, -one.age_s, one.rank.rank))
 
 
-def _more_may_come(attempt: AttemptView, exits: list[_Exit]) -> bool:
+def _of_a_peer(
+    attempt: AttemptView, cause: _Exit, exits: list[_Exit], nodes: Nodes, policy: Policy
+) -> Verdict | Pending | None:
+    """A death that looks like a peer's fault: the peer may be on a node that is lost, silent or just slow."""
+    lost = _lost(attempt, nodes)
+    if lost is not None:
+        return lost
     told = {one.part.node for one in exits}
-    return any(part.node not in told for part in attempt.parts)
+    untold = [part for part in attempt.parts if part.node not in told]
+    away = [part for part in untold if _quiet(part, nodes.get(part.node), policy.settle_s)]
+    bound_s = policy.silent_after_s if away else policy.settle_s
+    victim = f"rank {cause.rank.rank} on {cause.part.node} died of {_how(cause.rank)}"
+    if untold and cause.age_s < bound_s:
+        reason = f"{victim}, like one whose peer went first: waits {bound_s:g} s for word of that peer"
+        return Pending(reason=reason, due_s=bound_s - cause.age_s)
+    if not away:
+        return None
+    names = listed([part.node for part in away])
+    return _silence_verdict(
+        away, f"{victim}, like one whose peer went first, and {names} is silent", cause.age_s
+    )
+
+
+def _quiet(part: PartView, node: NodeView | None, bound_s: float) -> bool:
+    return is_silent(part, node) or (node is not None and node.silence_s > bound_s)
 
 
 def _lost(attempt: AttemptView, nodes: Nodes) -> Verdict | None:

@@ -11,7 +11,7 @@ waited for `hold_after_s`; from then on nodes are held for it, so that no stream
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from keepstep.core.ids import JobId, Node
@@ -37,7 +37,6 @@ class Placement:
     nodes: tuple[Node, ...]  # by node rank
     spares: tuple[Node, ...]
     layout: Layout
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +47,14 @@ class Missing:
     rejected: tuple[Rejected, ...] = ()
 
 
-def survey(job: JobView, nodes: Iterable[NodeView], held: Holders, first: Sequence[Node] = ()) -> Survey:
-    """`first`: nodes to prefer, in their order."""
+def survey(
+    job: JobView,
+    nodes: Iterable[NodeView],
+    held: Holders,
+    first: Sequence[Node] = (),
+    last: Set[Node] = frozenset(),
+) -> Survey:
+    """`first`: nodes to prefer, in their order; `last`: nodes to take only when there are no others."""
     free: list[NodeView] = []
     refused: dict[Node, str] = {}
     for node in nodes:
@@ -59,10 +64,13 @@ def survey(job: JobView, nodes: Iterable[NodeView], held: Holders, first: Sequen
                 refused[node.name] = why
             else:
                 free.append(node)
-    place = {name: index for index, name in enumerate(first)}
-    free.sort(
-        key=lambda node: (place.get(node.name, len(place)), job.id not in node.warm_for, natural(node.name))
-    )
+    order = {name: index for index, name in enumerate(first)}
+
+    def preference(node: NodeView) -> tuple[object, ...]:
+        kept = order.get(node.name, len(order))
+        return (node.name in last, kept, job.id not in node.warm_for, natural(node.name))
+
+    free.sort(key=preference)
     return Survey(free=tuple(free), refused=dict(sorted(refused.items(), key=lambda item: natural(item[0]))))
 
 
@@ -103,14 +111,19 @@ def place(job: JobView, there: Survey, layout: Layout) -> Placement | None:
         return None
     names = [node.name for node in there.free]
     spares = tuple(names[need : need + job.spec.resources.spares])
-    warm = sum(job.id in node.warm_for for node in there.free[:need])
-    said = f"{layout} on {count(need, 'node')}: {listed(names[:need])}"
+    return Placement(nodes=tuple(names[:need]), spares=spares, layout=layout)
+
+
+def told(job: JobView, placement: Placement, nodes: Iterable[NodeView]) -> str:
+    """A placement in words."""
+    warm = sum(job.id in node.warm_for for node in nodes if node.name in placement.nodes)
+    said = f"{placement.layout} on {count(len(placement.nodes), 'node')}: {listed(placement.nodes)}"
     if warm:
         said += f" ({warm} warm)"
     if job.spec.resources.spares:
-        said += f"; {len(spares)} of {count(job.spec.resources.spares, 'spare')} standing by"
-        said += f": {listed(spares)}" if spares else ""
-    return Placement(nodes=tuple(names[:need]), spares=spares, layout=layout, reason=said)
+        said += f"; {len(placement.spares)} of {count(job.spec.resources.spares, 'spare')} standing by"
+        said += f": {listed(placement.spares)}" if placement.spares else ""
+    return said
 
 
 def missing(

@@ -169,7 +169,7 @@ class Policy:
     grow_within_s: float = 600.0  # how long growing waits for a checkpoint to grow from
     settle_s: float = 1.0  # how long a death that looks like a peer's fault waits for word of that peer
     step_bound_factor: float = 3.0  # a gang has stopped when it is this many usual steps late
-    in_place_max: int = 3  # fruitless failures in a row that began on one node, before it is replaced
+    in_place_max: int = 3  # fruitless failures that began on one node, before others are tried first
     lived_s: float = 600.0  # an attempt that shows no steps and lasted this long has made progress
     hold_after_s: float = 300.0  # a job that waited this long has nodes held for it against later ones
     capacity: dict[str, float] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from keepstep.core.ids import Attempt, JobId, Node
 from keepstep.core.layout import Layout
 from keepstep.core.states import NodeState
-from keepstep.decide.budget import budget, here_in_vain
+from keepstep.decide.budget import budget
 from keepstep.decide.place import (
     Holders,
     Placement,
@@ -28,6 +28,7 @@ from keepstep.decide.place import (
     missing,
     place,
     survey,
+    told,
 )
 from keepstep.decide.plan import Collect, End, GiveUp, Place, Policy, Rejected, Requeue, Wait
 from keepstep.decide.restore import RestorePoint, restore_point
@@ -100,7 +101,7 @@ def begin(
     what = point.reason or ("it begins from nothing" if not job.attempts else "the script restores itself")
     return Place(
         job=job.id,
-        reason=f"attempt {number} ({rung}): {placement.reason}; {what}",
+        reason=f"attempt {number} ({rung}): {told(job, placement, view.nodes)}; {what}",
         rejected=rejected,
         attempt=number,
         nodes=placement.nodes,
@@ -223,16 +224,7 @@ def _rung(
     job: JobView, ended: Ended, view: View, held: Holders, policy: Policy
 ) -> _Rung | tuple[Rejected, ...]:
     """The highest rung that holds; or why none does."""
-    worn = here_in_vain(job, policy)
-    everywhere = survey(job, view.nodes, held, (*ended.nodes, *ended.spares))
-    there = everywhere
-    fresh = tuple(node for node in everywhere.free if node.name not in worn)
-    if worn and len(fresh) >= job.spec.nodes_for(ended.layout.dp):
-        refused = {
-            **everywhere.refused,
-            **{Node(name): f"failed {times} times in a row" for name, times in worn.items()},
-        }
-        there = Survey(free=fresh, refused=refused)
+    there = survey(job, view.nodes, held, (*ended.nodes, *ended.spares))
     rejected: list[Rejected] = []
     for layout in layouts(job.spec):
         larger = layout.dp > ended.layout.dp
@@ -263,7 +255,7 @@ def _same_ranks(job: JobView, placement: Placement, ended: Ended, there: Survey)
     stay = set(placement.nodes) & set(ended.nodes)
     substitutes = iter([name for name in placement.nodes if name not in stay])
     nodes = tuple(name if name in stay else next(substitutes) for name in ended.nodes)
-    return Placement(nodes=nodes, spares=placement.spares, layout=placement.layout, reason=placement.reason)
+    return Placement(nodes=nodes, spares=placement.spares, layout=placement.layout)
 
 
 def _not_taken(
