@@ -1,7 +1,6 @@
 """Run by path, under any interpreter: `python .../rank/__main__.py shim|standby|store ...`.
 
-Loads this folder as a package of a private name, takes it off sys.path again, and hands over. In a rank that
-was forked, this module is what the script's `__main__` is made of: its globals are gone by then.
+Loads this folder as a package of a private name, takes it off sys.path again, and hands over.
 """
 
 import importlib.util

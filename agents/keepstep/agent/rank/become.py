@@ -1,7 +1,7 @@
 """A loaded process becomes the script, so that the script cannot tell it from a cold start.
 
 Everything a fresh interpreter would have set from its command line, its environment and its descriptors
-is set again; then the real `__main__` is emptied and filled. How it ends is in `leave`.
+is set again; then `__main__` is made anew and filled. How it ends is in `leave`.
 
 What a script can still see: modules it did not import are in sys.modules, three frames of ours lie below
 its own, and strings hash alike in all ranks. Where more than that would differ, `why_cold` says so and
@@ -18,10 +18,12 @@ import random
 import signal
 import sys
 import time
+import tokenize
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
 from . import leave
@@ -71,7 +73,7 @@ def why_cold(launch: LaunchFile, loaded: Loaded) -> str:
         folder = Path(launch.cwd)
     else:
         script = Path(launch.cwd, first)
-        if script.suffix != ".py" or not script.is_file():
+        if script.suffix != ".py" or not script.is_file() or not _decodes(script):
             return f"not a Python source file: {first}"
         folder = script.resolve().parent
     shadow = _shadowing(folder, loaded.modules)
@@ -99,7 +101,7 @@ def become(script: Script, loaded: Loaded) -> NoReturn:
 
 def _file(argv: tuple[str, ...]) -> None:
     path = argv[0]
-    name = path if path.startswith("/") else f"{os.getcwd()}/{path.removeprefix('./')}"  # noqa: PTH109
+    name = path if path.startswith("/") else f"{os.getcwd()}/{path}"  # noqa: PTH109
     sys.argv = list(argv)
     if not getattr(sys.flags, "safe_path", False) and not sys.flags.isolated:
         sys.path.insert(0, os.path.dirname(os.path.realpath(name)))  # noqa: PTH120
@@ -107,7 +109,10 @@ def _file(argv: tuple[str, ...]) -> None:
     space.update(__loader__=SourceFileLoader("__main__", name), __file__=name, __cached__=None)
     with open(name, "rb") as file:  # noqa: PTH123
         source = file.read()
-    exec(compile(source, name, "exec", dont_inherit=True), space)  # noqa: S102 - what we are here for
+    try:
+        exec(compile(source, name, "exec", dont_inherit=True), space)  # noqa: S102 - what we are here for
+    finally:
+        leave.flush()  # the interpreter does it after a script and not after a module
 
 
 def _module(argv: tuple[str, ...]) -> None:
@@ -126,12 +131,10 @@ def _module(argv: tuple[str, ...]) -> None:
 
 
 def _empty_main() -> dict[str, Any]:
-    """The real `__main__`, as an interpreter has it before it runs anything."""
+    """`__main__` as an interpreter has it before it runs anything. A new one, so that it can go at the end."""
+    sys.modules["__main__"] = ModuleType("__main__")
     space = vars(sys.modules["__main__"])
-    annotated = sys.version_info < (3, 14)
-    space.clear()
-    space.update(__name__="__main__", __doc__=None, __package__=None, __loader__=None, __spec__=None)
-    if annotated:
+    if sys.version_info < (3, 14):
         space["__annotations__"] = {}
     space["__builtins__"] = builtins
     return space
@@ -205,6 +208,16 @@ def _differing(wanted: dict[str, str], had: dict[str, str]) -> Iterable[str]:
             and wanted.get(name) != had.get(name)
         ):
             yield name
+
+
+def _decodes(script: Path) -> bool:
+    """What cannot be decoded is refused in other words when it is compiled from memory."""
+    try:
+        with tokenize.open(script) as text:
+            text.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _shadowing(folder: Path, modules: frozenset[str]) -> str:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,9 +76,8 @@ class Gang:
                 "KEEPSTEP_BEACON_FD": str(member.beacon),
             }
             around = spawn.Surroundings(env=env, output=end, keep=(member.beacon,), cgroup=cgroup)
-            pid = spawn.rank(self._launch, around, loaded, let_go)
+            pid, member.held = spawn.rank(self._launch, around, loaded, let_go)
             os.close(end)
-            member.held = os.pidfd_open(pid)
             log = RotatedLog(
                 self._directory / f"rank-{member.launch.rank}.log",
                 limit_bytes=rotate.bytes,
@@ -106,7 +106,8 @@ class Gang:
         """Signal the running ranks; only these processes, as torchrun does, not what they started."""
         for member in self._members:
             if member.held is not None and (ranks is None or member.launch.rank in ranks):
-                signal.pidfd_send_signal(member.held, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    signal.pidfd_send_signal(member.held, number)
 
     def close_outputs(self) -> None:
         """Everything is dead: what is left in the pipes is all there will be."""

@@ -35,10 +35,10 @@ def run(body: Callable[[], None], *, ours: Callable[[str], bool], preloaded: fro
         code = _show(error, ours)
     _guarded(threading._shutdown)  # type: ignore[attr-defined]
     _guarded(atexit._run_exitfuncs)
-    if not _flush():
+    if not flush(told=True):
         code, interrupted = _UNFLUSHED, False
     _tear_down(preloaded)
-    _flush()
+    flush()
     ctypes.CDLL(None).fflush(None)
     if interrupted:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -90,20 +90,25 @@ def _guarded(step: Callable[[], object]) -> None:
             traceback.print_exc()
 
 
-def _flush() -> bool:
+def flush(*, told: bool = False) -> bool:
+    """Both streams; False when one cannot be. `told`: say so of standard output, in the interpreter's words."""
     whole = True
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
-        except BaseException:  # noqa: BLE001 - whatever a script has put there
-            whole = whole and stream is sys.stderr
+        except BaseException as error:  # noqa: BLE001 - whatever a script has put there
+            whole = False
+            if told and stream is sys.stdout:
+                with suppress(BaseException):
+                    sys.stderr.write(f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}\n")
     return whole
 
 
 def _tear_down(preloaded: frozenset[str]) -> None:
     """Let go of the script's own modules: first by dropping them, then by emptying what is still held."""
     own = [name for name in sys.modules if name not in preloaded or name == "__main__"]
+    gc.collect()  # what holds others now comes first, so that files are flushed before they are closed
     for name in ("last_type", "last_value", "last_traceback", "last_exc", "ps1", "ps2"):
         vars(sys).pop(name, None)
     sys.excepthook = sys.__excepthook__

@@ -53,8 +53,7 @@ class Store:
             words = (*launch.interpreter, main, "store", str(listening), str(told), host)
             spawn.execute(words, {**launch.env, MARKER: launch.marker})
 
-        self.pid = spawn.fork(child)
-        self._held = os.pidfd_open(self.pid)
+        self.pid, self._held = spawn.fork(child)
         os.close(told)
         listener.close()
 

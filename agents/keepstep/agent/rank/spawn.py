@@ -31,14 +31,15 @@ class Surroundings:
     cgroup: Path | None
 
 
-def fork(child: Callable[[], None]) -> int:
-    """Run `child` in a new process that dies with this one; its pid. `child` must not return."""
+def fork(child: Callable[[], None]) -> tuple[int, int]:
+    """Run `child` in a new process that dies with this one; its pid and a pidfd. `child` must not return."""
     parent = os.getpid()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pid = os.fork()
     if pid:
+        held = os.pidfd_open(pid)  # while SIGCHLD is blocked: nobody has reaped it, however short it lived
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return pid
+        return pid, held
     try:
         processes.die_with(parent)
         processes.restore_signals()
@@ -54,8 +55,8 @@ def fork(child: Callable[[], None]) -> int:
 
 def rank(
     launch: LaunchFile, around: Surroundings, loaded: become.Loaded | None, let_go: Callable[[], None]
-) -> int:
-    """Start one rank; its pid. `let_go` closes, in the child, what belongs to the shim."""
+) -> tuple[int, int]:
+    """Start one rank; its pid and a pidfd. `let_go` closes, in the child, what belongs to the shim."""
 
     def child() -> None:
         os.setpgid(0, 0)  # a script's `kill 0` stops at its own rank
