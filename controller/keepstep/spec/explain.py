@@ -53,12 +53,13 @@ def schema() -> dict[str, Any]:
         target = data if model is JobDocument else definitions[model.__name__]
         for name, entry in entries(model).items():
             field = target["properties"][name]
+            field["description"] = _one_line(entry.info.description or "")  # pydantic drops a repeated one
             field.pop("default", None)
             field.pop("default_text", None)
             default = _default_value(entry)
             if default is not None:
                 field["default"] = default
-            elif (derived := _derived(entry.info)) and "description" in field:
+            elif derived := _derived(entry.info):
                 field["description"] = f"{field['description']} Default: {derived}."
             if entry.section is not None and not entry.many:
                 _also_empty(field)
