@@ -1,8 +1,8 @@
 """An agent that belongs to a terminal: started by `keepstep run`, gone when it goes.
 
-It is a child process, so it and its ranks have this shell's folder, environment, umask and limits. It has the
-reading end of a pipe; when this process ends, however it ends, the pipe closes and the agent ends its ranks
-and itself. What `kill -9` of both leaves is found by the marker and ended by whoever comes next.
+It is a child process, so it and its ranks have this shell's folder, environment, umask and limits. It looks
+whether its parent is still there; when this process ends, however it ends, the agent ends its ranks and
+itself. What `kill -9` of both leaves is found by the marker and ended by whoever comes next.
 """
 
 import json
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from keepstep.agent.rank import marker, processes
@@ -25,6 +25,7 @@ from keepstep.core.home import Home, lives, start_ticks
 
 _JOIN_WITHIN_S = 30.0
 _END_WITHIN_S = 15.0
+_BETWEEN_SIGNALS_S = 0.05  # two at once would be one
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +33,6 @@ class AttachedAgent:
     node: str
     folder: Path
     child: "subprocess.Popen[bytes]"
-    parent_fd: int = field(repr=False)  # open as long as the agent is wanted
 
     @property
     def jobs(self) -> Path:
@@ -42,15 +42,16 @@ class AttachedAgent:
     def alive(self) -> bool:
         return self.child.poll() is None
 
-    def release(self) -> None:
-        """Close the pipe: the agent ends its ranks at once, and then itself."""
-        if self.parent_fd >= 0:
-            os.close(self.parent_fd)
-            self.parent_fd = -1
+    def kill_ranks(self) -> None:
+        """No more grace: the first signal tells the agent to end its ranks and leave, the second at once."""
+        for _ in range(2):
+            if self.alive:
+                self.child.terminate()
+                time.sleep(_BETWEEN_SIGNALS_S)
 
     def end(self) -> None:
         """End agent and ranks, make sure of it, and take their folder away."""
-        self.release()
+        self.kill_ranks()
         try:
             self.child.wait(_END_WITHIN_S)
         except subprocess.TimeoutExpired:
@@ -69,19 +70,18 @@ def start(home: Home, client: Client, *, slots: int) -> AttachedAgent:
     (folder / "owner.json").write_text(
         json.dumps({"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "node": node})
     )
-    read_fd, write_fd = os.pipe()
+    log = os.open(folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         child = subprocess.Popen(
-            command(node, folder, _endpoint(home, client, folder), slots, read_fd),
+            command(node, folder, _endpoint(home, client, folder), slots),
             stdin=subprocess.DEVNULL,
-            stdout=_log(folder),
-            stderr=subprocess.STDOUT,
-            pass_fds=(read_fd,),
+            stdout=log,
+            stderr=log,
             start_new_session=True,  # Ctrl-C comes to us alone, and we pass it on in the job's own way
         )
     finally:
-        os.close(read_fd)
-    agent = AttachedAgent(node=node, folder=folder, child=child, parent_fd=write_fd)
+        os.close(log)
+    agent = AttachedAgent(node=node, folder=folder, child=child)
     try:
         _await_joined(client, agent)
     except BaseException:
@@ -90,11 +90,11 @@ def start(home: Home, client: Client, *, slots: int) -> AttachedAgent:
     return agent
 
 
-def command(node: str, folder: Path, endpoint: Path, slots: int, parent_fd: int) -> list[str]:
+def command(node: str, folder: Path, endpoint: Path, slots: int) -> list[str]:
     return [
         sys.executable, "-m", "keepstep.agent", "--node", node, "--dir", str(folder),
         "--endpoint-file", str(endpoint), "--pool", "run", "--slots", str(slots),
-        "--address", "127.0.0.1", "--interface", "lo", "--attached", "--parent-fd", str(parent_fd),
+        "--address", "127.0.0.1", "--interface", "lo", "--attached",
     ]  # fmt: skip
 
 
@@ -137,10 +137,6 @@ def _endpoint(home: Home, client: Client, folder: Path) -> Path:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"url": client.url, "token": client.token}, file)
     return path
-
-
-def _log(folder: Path) -> int:
-    return os.open(folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
 def _await_joined(client: Client, agent: AttachedAgent) -> None:

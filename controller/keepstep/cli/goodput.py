@@ -2,7 +2,6 @@
 
 import typer
 
-from keepstep.cli import units
 from keepstep.cli.client import Json, ref
 from keepstep.cli.context import connect
 from keepstep.cli.options import JobRef, Output, Watch, suggesting
@@ -31,53 +30,41 @@ def goodput(
         emit(
             output,
             ledger,
-            name=lambda: [f"{goodput_of(ledger):.4f}"],
+            name=lambda: [percent(ledger["goodput"])],
             table=lambda wide: _page(ledger),
         )
 
     repeat(show, watch=watch)
 
 
-def buckets_of(ledger: Json) -> dict[str, float]:
-    """Slot-seconds by bucket, of the gang's own slots."""
-    found = ledger.get("buckets") or {}
-    if isinstance(found, list):
-        found = {row["bucket"]: row["slot_s"] for row in found}
-    return {str(name): float(value) for name, value in found.items()}
-
-
-def goodput_of(ledger: Json) -> float:
-    """The productive share, as the controller counts it, else of its buckets."""
-    if ledger.get("goodput") is not None:
-        return float(ledger["goodput"])
-    buckets = buckets_of(ledger)
-    total = sum(buckets.values())
-    return buckets.get("productive", 0.0) / total if total else 0.0
-
-
 def rows(ledger: Json) -> list[Json]:
-    buckets = buckets_of(ledger)
-    total = sum(buckets.values())
+    """Every bucket that has something in it, largest first, and their total."""
+    total = float(ledger["total"])
+    buckets = sorted(ledger["buckets"].items(), key=lambda item: -item[1])
+    shown = [(name, seconds) for name, seconds in buckets if seconds > 0]
     return [
-        {"bucket": name.replace("_", " "), "slot_s": value, "share": value / total if total else 0.0}
-        for name, value in [*sorted(buckets.items(), key=lambda item: -item[1]), ("total", total)]
+        {"bucket": name, "slot_s": seconds, "share": seconds / total if total else 0.0}
+        for name, seconds in [*shown, ("total", total)]
     ]
 
 
-def one_line(ledger: Json) -> str:
-    """goodput 88.4 %: productive 31.2 s | starting 1.9 | ... in seconds of the whole gang."""
-    buckets = buckets_of(ledger)
-    slots = float(ledger.get("slots") or 1)
+def one_line(ledger: Json, slots: int) -> str:
+    """goodput 88.4 %: productive 31.2 s | starting 1.9 | ... in seconds of a gang of `slots`."""
+    buckets = {name: seconds / slots for name, seconds in ledger["buckets"].items() if name != "standby"}
     productive = buckets.pop("productive", 0.0)
-    rest = [f"{name.replace('_', ' ')} {value / slots:.1f}" for name, value in buckets.items() if value > 0]
-    return f"goodput {100 * goodput_of(ledger):.1f} %: " + " | ".join(
-        [f"productive {productive / slots:.1f} s", *rest]
-    )
+    rest = [f"{name} {seconds:.1f}" for name, seconds in buckets.items() if seconds >= 0.05]
+    return f"goodput {percent(ledger['goodput'])}: " + " | ".join([f"productive {productive:.1f} s", *rest])
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _page(ledger: Json) -> None:
-    print(f"goodput {100 * goodput_of(ledger):.1f} %")
+    print(f"goodput {percent(ledger['goodput'])}")
     draw(rows(ledger), COLUMNS)
-    standby = ledger.get("standby_s") or ledger.get("spares_s")
-    if isinstance(standby, int | float) and standby > 0:
-        print(f"spares stood by for {units.seconds(standby)} more, which goodput does not count")
+    if ledger["buckets"].get("standby"):
+        print(f"with the spares' standing by: {percent(ledger['goodput_with_spares'])}")
+    for incident, buckets in ledger.get("incidents", {}).items():
+        cost = ", ".join(f"{name} {seconds:.1f}" for name, seconds in buckets.items() if seconds > 0)
+        print(f"incident {incident} cost {sum(buckets.values()):.1f} slot-seconds: {cost}")

@@ -56,6 +56,6 @@ def controller(
 )
 def agent(ctx: typer.Context) -> None:
     """Run a node's agent in the foreground; its own options: keepstep agent --help."""
-    from keepstep.agent.main import main
+    from keepstep.agent.__main__ import main
 
     sys.exit(main(ctx.args))

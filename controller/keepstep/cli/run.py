@@ -85,8 +85,11 @@ def run(
         nproc=ranks,
         workdir=Path.cwd(),
         env=env_of(env or []),
+        pool="run",
         overrides=[
             f"recovery.restarts.max={max_restarts}",
+            # Whoever is to blame: without --max-restarts nothing is started again, as under torchrun.
+            f"recovery.no_progress_max={max_restarts + 1}",
             "run.stop.signal=INT",
             f"run.stop.grace={grace:g}s",
             f"run.warm={'auto' if warm else 'never'}",

@@ -1,8 +1,8 @@
 """One `keepstep run`, from the agent's start to the script's exit code.
 
 The main thread pumps output and takes signals; a second thread follows the job's events. The first Ctrl-C (or
-SIGTERM, SIGHUP) cancels the job, which gives the ranks their stop signal and their grace; a second one closes
-the agent's pipe, which kills them.
+SIGTERM, SIGHUP) cancels the job, which gives the ranks their stop signal and their grace; a second one kills
+them.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class Session:
     def _stop(self, agent: attached.AttachedAgent, job: str, *, times: int) -> None:
         if times > 1:
             print("keepstep: killing the ranks", file=sys.stderr)
-            agent.release()
+            agent.kill_ranks()
             return
         name = signal.Signals(self.asked[0]).name
         print(f"keepstep: {name}: the ranks are told to end; once more kills them", file=sys.stderr)
@@ -101,7 +101,7 @@ class Session:
         except Refused:
             return  # over already
         except KeepstepError:
-            agent.release()  # nobody passes it on: the pipe does
+            agent.kill_ranks()  # nobody else passes it on
 
     def _tell(self) -> bool:
         """Print what happened to the job beside its output; whether it may be over."""
