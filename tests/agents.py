@@ -12,12 +12,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from shims import ENV, WITHIN_S, members
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from keepstep.wire import messages as wire
+from shims import ENV, WITHIN_S, members
 
 TOKEN = "ks_test"  # noqa: S105
 JOB = "job-abcd"

@@ -44,10 +44,10 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
     return AgentSettings(**values) if given.node is None else AgentSettings(node=given.node, **values)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        return run_agent(parse())
+        return run_agent(parse(arguments))
     except KeepstepError as error:
         print(error, file=sys.stderr)  # noqa: T201 - to a person or a service manager
         return error.exit_code

@@ -3,8 +3,8 @@
 A job outlives its control plane, so losing the controller ends nothing by itself. Two bounds keep two
 attempts from running at once all the same: ranks that stand still while nobody answers are ended after the
 job's `self_fence` (the controller counts the same and a margin before it starts them elsewhere), and ranks
-that go on stepping are left alone for the `orphan_lease`, which they renew by themselves while the checkpoint folder
-still names their attempt.
+that go on stepping are left alone for the `orphan_lease`, which they renew by themselves while the checkpoint
+folder still names their attempt.
 
 An observer whose own tick came late (a paused machine, Ctrl-Z) has counted one period of silence, no more.
 """

@@ -96,7 +96,7 @@ class Attempt:
                 shim = await self._serve(shim)
         except KeepstepError as error:
             await self._give_up(str(error))
-        except Exception as error:  # noqa: BLE001 - the boundary of an attempt: others on this node must go on
+        except Exception as error:  # noqa: BLE001 - outermost of one attempt: the others must go on
             _log.exception("attempt %s/%d: a bug", *self.key)
             await self._give_up(f"a bug in the agent: {error!r}")
         finally:
@@ -311,6 +311,8 @@ class Attempt:
         return self._status()
 
     def _status(self) -> AttemptStatus:
+        if self.shim is not None:
+            self.progress.refresh(self.shim.beacons)
         now_ns = self._now_ns()
         return AttemptStatus(
             job=self.launch.job,

@@ -18,6 +18,7 @@ from keepstep.core.errors import InputError, Unauthorized, Unreachable
 
 JOIN_PREFIX = "ks_join_"  # what the controller begins such tokens with
 _ANSWER_BYTES_MAX = 1 << 20
+_OUR_FAULT = {400, 401, 403, 409, 422}  # the same request would be answered the same way again
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -109,7 +110,7 @@ def _request(endpoint: Endpoint, path: str, body: bytes | None, timeout_s: float
     except urllib.error.HTTPError as error:
         with error:
             said = error.read(2000).decode(errors="replace")
-        kind = Unauthorized if error.code in {401, 403} else Unreachable
+        kind = Unauthorized if error.code in _OUR_FAULT else Unreachable
         raise kind(f"{path} was answered with {error.code}", where=endpoint.url, why=said) from error
     except OSError as error:
         raise Unreachable("the controller does not answer", where=endpoint.url, why=str(error)) from error

@@ -191,6 +191,7 @@ class Launches:
             attempt.stop(reason, grace)
         if tasks := [self._tasks[attempt.key] for attempt in self.living if attempt.key in self._tasks]:
             await asyncio.wait(tasks)
+        await self.around.standbys.end_all()
 
     def predecessors(self, job: str, number: int) -> list[Awaitable[Any]]:
         return [

@@ -30,8 +30,9 @@ from keepstep.wire import messages as wire
 _log = logging.getLogger("keepstep.agent")
 _OPEN_S = 10.0
 _QUIET_S = 0.02  # changes within this are one report
-_RESEND_S = 30.0  # of events that were not acknowledged, over a connection that lives
+_RESEND_S = 10.0  # of events that were not acknowledged, over a connection that lives
 _REFUSED_S = 30.0  # between two tries with credentials that were refused: they may be renewed on disk
+_HERE_MAX_S = 1.0  # between tries at a controller on this machine
 _UNANSWERED_MAX = 4096
 _QUESTIONS_MAX = 64
 
@@ -126,8 +127,10 @@ class Link:
             return pause + self._chance.uniform(0.0, 0.1 * pause)
         if self.contact.refused:
             return self._chance.uniform(0.5, 1.0) * _REFUSED_S
+        few = self._settings.endpoint_file is not None  # agents of one machine: no herd to spread out
         highest = min(
-            self._settings.reconnect_max_s, self._settings.reconnect_first_s * 2.0 ** min(failures - 1, 20)
+            _HERE_MAX_S if few else self._settings.reconnect_max_s,
+            self._settings.reconnect_first_s * 2.0 ** min(failures - 1, 20),
         )
         return self._chance.uniform(0.0, highest)
 

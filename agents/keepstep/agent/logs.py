@@ -78,6 +78,8 @@ def after(directory: Path, rank: int, cursor: str, *, bytes_max: int, ended: boo
         try:
             with path.open("rb") as file:
                 here = path.stat().st_ino
+                if file.seek(0, 2) < begin:  # another file has got the number of the old one
+                    begin, lost = 0, True
                 file.seek(begin)
                 content = file.read(left)
                 at_end = not file.read(1)

@@ -82,6 +82,7 @@ class Agent:
         self._leaving, self._parent = False, os.getppid()
         self._leave = asyncio.Event()
         self._signals = 0
+        self._drain = settings.attached or settings.drain
         self._hurry = asyncio.Event()  # a second signal: no more grace
         self._exit_code = 0
 
@@ -112,15 +113,16 @@ class Agent:
     def _signalled(self, number: int) -> None:
         _log.info("%s: leaving", signal.Signals(number).name)
         self._signals += 1
+        self._drain = self._drain or number == signal.SIGINT  # TERM: for an upgrade, the ranks go on
         self._leave.set()
         if self._signals > 1:
             self._hurry.set()
 
     async def _say_goodbye(self) -> None:
-        """Attached or draining: end the ranks first. Then tell the controller, if it listens."""
+        """Attached, draining or interrupted: end the ranks first. Then tell the controller, if it listens."""
         self._leaving = True
         self._link.changed()
-        if self._settings.attached or self._settings.drain:
+        if self._drain:
             await self._end_ranks()
         contact = self._link.contact
         asked_at = self._clock.monotonic()

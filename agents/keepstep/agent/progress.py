@@ -23,6 +23,7 @@ class Progress:
 
     records: dict[int, Record] = field(default_factory=dict)  # by global rank
     started_s: float | None = None  # when the ranks were started, or found by this agent
+    _steps_ns: dict[int, int] = field(default_factory=dict)  # when each rank had stepped, at the last look
     _point_step: int = -1
     _source: int | None = None
 
@@ -32,17 +33,20 @@ class Progress:
             return False
         return not self.records or any(record.step_ns == 0 for record in self.records.values())
 
-    def look(self, beacons: Mapping[int, BeaconReader], now_ns: int, *, points: bool) -> Look:
-        stepped = first = False
+    def refresh(self, beacons: Mapping[int, BeaconReader]) -> None:
+        """Take the records as they are now, for a report; what is new is still to be looked at."""
         for rank, beacon in beacons.items():
-            record = beacon.read()
-            if record is None:
-                continue
-            before = self.records.get(rank)
-            moved = record.step_ns != (before.step_ns if before else 0)
-            stepped = stepped or moved
-            first = first or (moved and (before is None or before.step_ns == 0))
-            self.records[rank] = record
+            if (record := beacon.read()) is not None:
+                self.records[rank] = record
+
+    def look(self, beacons: Mapping[int, BeaconReader], now_ns: int, *, points: bool) -> Look:
+        self.refresh(beacons)
+        stepped = first = False
+        for rank, record in self.records.items():
+            before_ns = self._steps_ns.get(rank, 0)
+            stepped = stepped or record.step_ns != before_ns
+            first = first or (record.step_ns != 0 and before_ns == 0)
+            self._steps_ns[rank] = record.step_ns
         found = self._points(beacons, now_ns) if points and stepped else ()
         return Look(stepped=stepped, first=first, points=found)
 

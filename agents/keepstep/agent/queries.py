@@ -1,8 +1,10 @@
 """Answers to the controller's questions: log lines, and what lies in a checkpoint folder.
 
 logs       job, attempt? (the newest here), ranks?, tail?, after? {rank: cursor}, max_bytes?, wait_s?, grep?,
-           since_s? (whole files that were last written longer ago are left out: lines carry no time)
-           -> {attempt, latest, ended, lines: [[rank, line]...], after: {rank: cursor}, more, lost: [rank...]}
+           since_s? (whole files that were last written longer ago are left out: lines carry no time),
+           first_error? (only the last lines of the rank that failed first on this node)
+           -> {attempt, latest, lines: [[rank, line]...], after: {rank: cursor}, lost: [rank...],
+               more: there is more at once, end: there never will be}
 inventory  dir -> {checkpoints: [[attempt, step, complete]...], fence: attempt|null}
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from keepstep.agent import logs
+from keepstep.agent.attempt import Attempt
 from keepstep.agent.launches import Launches
 from keepstep.core import checkpoints
 from keepstep.core.clock import Clock, SystemClock
@@ -24,6 +27,7 @@ _BYTES_MAX = 2 << 20  # half of what a message may hold
 _WAIT_MAX_S = 60.0
 _LOOK_S = 0.1
 _TAIL_MAX = 100_000
+_ERROR_LINES = 50
 _CHECKPOINTS_MAX = 20_000
 
 
@@ -62,15 +66,25 @@ async def _logs(params: Mapping[str, Any], launches: Launches, clock: Clock) -> 
     while True:
         attempt = launches.attempts.get((job, number))
         ended = attempt is None or not attempt.living
+        if params.get("first_error"):
+            params = {**params, "ranks": _first_failed(attempt), "tail": params.get("tail") or _ERROR_LINES}
         found = await asyncio.to_thread(_read, params, directory, ended)
-        if found["lines"] or found["more"] or ended or clock.monotonic() >= deadline:
-            return {"attempt": number, "latest": launches.latest(job), "ended": ended, **found}
+        over = bool(params.get("first_error")) or (ended and not found["more"])
+        if found["lines"] or found["more"] or over or clock.monotonic() >= deadline:
+            return {"attempt": number, "latest": launches.latest(job), "end": over, **found}
         params = {**params, "after": found["after"]}
         await asyncio.sleep(_LOOK_S)
 
 
+def _first_failed(attempt: Attempt | None) -> list[int]:
+    ranks = attempt.status().ranks if attempt is not None else ()
+    failed = [rank for rank in ranks if rank.state == "exited" and rank.exit_code != 0]
+    return [rank.rank for rank in sorted(failed, key=lambda rank: rank.exit_order or len(ranks) + 1)[:1]]
+
+
 def _read(params: Mapping[str, Any], directory: Path, ended: bool) -> dict[str, Any]:
-    ranks = [int(rank) for rank in params.get("ranks") or logs.ranks_with_logs(directory)]
+    named = params.get("ranks")
+    ranks = [int(rank) for rank in (logs.ranks_with_logs(directory) if named is None else named)]
     begin = logs.cursors(params.get("after"))
     lines_max = min(int(params["tail"]), _TAIL_MAX) if params.get("tail") is not None else None
     pattern = re.compile(str(params["grep"])) if params.get("grep") else None

@@ -72,6 +72,17 @@ class Standbys:
             for (job, _), held in sorted(self._held.items())
         )
 
+    async def end_all(self) -> None:
+        """End every server of this node, also those that an earlier agent started."""
+        await self.release(())
+        for directory in self._folder.standbys.glob("*"):
+            found = StandbyServer(directory, interpreter=(), env={}, cwd="/", modules=())
+            try:
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await found.stop()
+            except (KeepstepError, TimeoutError) as error:
+                _log.warning("the standby server in %s does not stop: %s", directory.name, error)
+
     async def release(self, wanted: Iterable[str]) -> None:
         """End the servers of jobs that nothing here needs any more; living shims and ranks go on."""
         keep = frozenset(wanted)
