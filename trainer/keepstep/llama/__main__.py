@@ -5,6 +5,6 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks share the cores
 
-from keepstep.llama.train import main  # noqa: E402
+from keepstep.llama.train import main
 
 sys.exit(main())

@@ -104,7 +104,7 @@ class FlatState:
         self.index, self.dp_rank, self.step = index, dp_rank, 0
         shard = index.shard
         self.state = torch.zeros(3 * shard, device=device)
-        self.master, self.exp_avg, self.exp_avg_sq = self.state.split(shard)
+        self.master, self.exp_avg, self.exp_avg_sq = torch.split(self.state, shard)
         # One replica in fp32 computes with the master weights themselves: nothing to copy after an update.
         self.shared = index.dp == 1 and dtype == torch.float32
         self.weights = self.master if self.shared else torch.zeros(index.length, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Initial weights, equal in every layout: each block of rows has a generator seeded by its parameter's name."""
+"""Initial weights, equal in every layout: each block of rows has a generator seeded by name."""
 
 import hashlib
 

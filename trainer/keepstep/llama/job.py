@@ -2,18 +2,30 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from keepstep.core.checkpoints import Branch, Point
 from keepstep.core.errors import InputError
+from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
 from keepstep.llama.optimizer import OptimizerConfig
 from keepstep.llama.shape import ModelShape
 
 COLLECTIVE_TIMEOUT_S = 600.0  # hangs are found by the agents, long before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointing:
+    """Neither interval: only when stopped and at the end."""
+
+    folder: Path
+    every_steps: int | None = None
+    every_s: float | None = None
+    keep: int = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +42,9 @@ class TrainJob:
     micro_batch: int  # sequences
     optimizer: OptimizerConfig
     seed: int
-    checkpoint: Mapping[str, Any] | None  # dir, every_steps, keep
-    restore: Mapping[str, Any] | None  # attempt, step
+    checkpoint: Checkpointing | None
+    restore: Point | None
+    branches: tuple[Branch, ...]  # the lineage, this attempt included
     init_from: str | None
     timeout_s: float  # of every collective
 
@@ -78,8 +91,9 @@ class TrainJob:
                 data=value.get("data") or {}, steps=value["steps"], global_tokens=batch["global_tokens"],
                 seq=batch["seq"], micro_batch=batch.get("micro_batch") or batch.get("micro") or 1,
                 optimizer=OptimizerConfig.parse(value.get("optimizer") or {}), seed=value.get("seed", 0),
-                checkpoint=value.get("checkpoint"), restore=value.get("restore"),
-                init_from=value.get("init_from"), timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
+                checkpoint=_checkpointing(value.get("checkpoint")), restore=_point(value.get("restore")),
+                branches=tuple(_branches(value)), init_from=value.get("init_from"),
+                timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
             )  # fmt: skip
         except KeyError as error:
             raise InputError(f"the job has no {error}", where="job file") from error
@@ -96,7 +110,8 @@ class TrainJob:
         ):
             if number % part:
                 raise InputError(
-                    f"{number:,} {noun} cannot be cut", where="batch", why=f"{reason}, {part:,}, does not divide it",
+                    f"{number:,} {noun} cannot be cut", where="batch",
+                    why=f"{reason}, {part:,}, does not divide it",
                     next="Choose a global batch that is a multiple of seq x replicas x micro-batch.",
                 )  # fmt: skip
         if self.seq > self.shape.max_seq:
@@ -106,10 +121,31 @@ class TrainJob:
             )  # fmt: skip
         if self.micro_batches < self.layout.pp:
             raise InputError(
-                f"{self.micro_batches} micro-batches do not fill {self.layout.pp} pipeline stages", where="batch",
+                f"{self.micro_batches} micro-batches do not fill {self.layout.pp} pipeline stages",
+                where="batch",
                 why="1F1B needs at least as many micro-batches as stages",
                 next="Raise global_tokens, or lower seq or the micro-batch.",
             )  # fmt: skip
+
+
+def _checkpointing(value: Mapping[str, Any] | None) -> Checkpointing | None:
+    if not value or not value.get("dir"):
+        return None
+    return Checkpointing(
+        folder=Path(value["dir"]), every_steps=value.get("every_steps"), every_s=value.get("every_s"),
+        keep=value.get("keep", 3),
+    )  # fmt: skip
+
+
+def _point(value: Mapping[str, Any] | None) -> Point | None:
+    return Point(step=Step(value["step"]), attempt=Attempt(value["attempt"])) if value else None
+
+
+def _branches(value: Mapping[str, Any]) -> Iterator[Branch]:
+    """lineage: [attempt, parent attempt or null, parent step or null] of each ancestor."""
+    for attempt, parent, step in value.get("lineage") or ():
+        start = None if parent is None else Point(step=Step(step), attempt=Attempt(parent))
+        yield Branch(job=JobId(value["job"]), attempt=Attempt(attempt), parent=start)
 
 
 def _shape(model: Mapping[str, Any]) -> ModelShape:

@@ -79,7 +79,7 @@ def micro_batches(
                 sin=sin.to(dtype),
                 spans=spans_of(documents),
                 mask=_block_mask(documents.to(device)) if device.type == "cuda" else None,
-            )  # fmt: skip
+            )
         )
     return parts
 

@@ -1,7 +1,8 @@
 """Llama 3 as one pipeline stage of one tensor shard, computing on the views of flat buffers.
 
-RMSNorm before each block, rotary positions in Hugging Face's half-split convention, grouped-query attention,
-SwiGLU, untied embeddings (arXiv 2407.21783, section 3.2). A token sees earlier tokens of its own document only.
+RMSNorm before each block, rotary positions in Hugging Face's half-split convention, grouped-query
+attention, SwiGLU, untied embeddings (arXiv 2407.21783, section 3.2). A token sees earlier tokens of its own
+document only.
 
 Activations are [tokens, dim] with the sequences of a micro-batch end to end. wq, wk, wv are neighbours in the
 flat buffer, so they are one matrix here; so are w1 and w3.
@@ -36,7 +37,8 @@ class _RmsNorm(Function):
         unit = x32 * inverse
         ctx.save_for_backward(unit, inverse, weight)
         ctx.grad, ctx.dtype = grad, x.dtype
-        return (unit * weight).to(x.dtype)
+        out: Tensor = (unit * weight).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -61,7 +63,8 @@ class _Rotate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(dy, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, sin, -1), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -98,7 +101,7 @@ class RmsNorm:
         self.weight, self.grad, self.eps = state.weight(name), state.grad(name), eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _RmsNorm.apply(x, self.weight, self.grad, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+        return _RmsNorm.apply(x, self.weight, self.grad, self.eps)  # type: ignore[no-any-return]
 
 
 class Matrix:
@@ -128,15 +131,15 @@ class Layer:
     def attention(self, x: Tensor, batch: MicroBatch) -> Tensor:
         projected = column_linear(x, self.qkv.weight, self.qkv.grad, self.tp)
         projected = projected.view(len(projected), -1, self.head_dim)
-        rotating, v = projected.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        rotated = _Rotate.apply(rotating, batch.cos, batch.sin)  # type: ignore[no-untyped-call]
-        q, k = rotated.split([self.heads, self.kv_heads], dim=1)
+        rotating, v = torch.split(projected, [self.heads + self.kv_heads, self.kv_heads], dim=1)
+        rotated = _Rotate.apply(rotating, batch.cos, batch.sin)
+        q, k = torch.split(rotated, [self.heads, self.kv_heads], dim=1)
         mixed = attend(q, k, v, batch)
         return row_linear(mixed.reshape(len(mixed), -1), self.wo.weight, self.wo.grad, self.tp)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         gate_up = column_linear(x, self.gate_up.weight, self.gate_up.grad, self.tp)
-        hidden: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
+        hidden: Tensor = _SwiGlu.apply(gate_up)
         return row_linear(hidden, self.down.weight, self.down.grad, self.tp)
 
 
@@ -151,12 +154,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
     spans = batch.spans
     if len(set(spans)) == 1:
         return _causal(q, k, v, len(spans))
-    parts = zip(q.split(spans), k.split(spans), v.split(spans), strict=True)
-    return torch.cat([_causal(*part, 1) for part in parts])
+    parts = zip(*(torch.split(x, list(spans)) for x in (q, k, v)), strict=True)
+    return torch.cat([_causal(q, k, v, 1) for q, k, v in parts])
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, documents: int) -> Tensor:
-    q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.reshape(documents, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
 
@@ -167,7 +170,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     compiled = torch.compile(flex_attention, dynamic=False)
     out = compiled(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
-    return out.squeeze(0).transpose(0, 1)  # type: ignore[no-any-return, union-attr]
+    return out.squeeze(0).transpose(0, 1)
 
 
 class Stage(nn.Module):
@@ -189,7 +192,7 @@ class Stage(nn.Module):
             self.output = Matrix(state, "output.weight")
 
     def forward(self, x: Tensor, *, batch: MicroBatch) -> Tensor:
-        """x: tokens in the first stage, else [tokens/tp, dim]. Gives the same, or the scaled loss at the end."""
+        """x is [tokens] in the first stage, else [tokens/tp, dim]; gives the latter, or the scaled loss."""
         if self.first:
             x = embedding(batch.tokens, self.embedding.weight, self.embedding.grad, self.tp)
         for layer in self.layers:

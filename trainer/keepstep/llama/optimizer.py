@@ -11,7 +11,7 @@ Norm weights do not decay, matrices do. Gradients are fp32, whatever the weights
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -62,7 +62,7 @@ class Update:
 
     loss: float  # mean over the valid tokens of the global batch, before the update
     grad_norm: float  # global, before clipping
-    asked: bool  # some rank asked for attention (a stop signal reached it)
+    asks: tuple[bool, ...]  # each question: whether any rank asked it
 
 
 class Gradients:
@@ -122,22 +122,24 @@ class ShardedAdamW:
         ]
         self._count = torch.zeros((), device=state.state.device)
 
-    def update(self, losses: Tensor, *, lr: float, ask: bool = False) -> Update:
+    def update(self, losses: Tensor, *, lr: float, asks: Sequence[bool] = ()) -> Update:
         """One step. `losses` [replicas of this rank], zero but on the ranks that count.
+
+        `asks` are this rank's wishes (to stop, to save): all ranks learn of them in the same step.
 
         The gradient is finite or the update does not happen: a NaN would reach every weight.
         """
         grads = self.gradients.sum()
         squares = torch.stack([torch.linalg.vector_norm(grads[piece]).square() for piece in self._pieces])
-        asks = torch.full_like(losses, float(ask))
-        loss, square, asked = self._totals(torch.stack((losses, squares, asks), dim=1).double())
+        wishes = [torch.full_like(losses, float(wish)) for wish in asks]
+        loss, square, *wished = self._totals(torch.stack((losses, squares, *wishes), dim=1).double())
         norm = math.sqrt(square)
         if math.isfinite(norm):
             too_long = self.config.clip and norm > self.config.clip
             self._adamw(grads, lr, norm / self.config.clip if too_long else 1.0)
         self.publish()
         self.state.step += 1
-        return Update(loss=loss, grad_norm=norm, asked=asked > 0)
+        return Update(loss=loss, grad_norm=norm, asks=tuple(wish > 0 for wish in wished))
 
     def publish(self) -> None:
         """Every rank's weights from the owners' master weights: after an update and after a restore."""
@@ -175,6 +177,6 @@ class ShardedAdamW:
                 continue
             torch._fused_adamw_(
                 [state.master[part]], [grads[part]], [state.exp_avg[part]], [state.exp_avg_sq[part]], [],
-                [self._count], lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=decay, eps=config.eps,
-                amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
+                [self._count], lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=decay,
+                eps=config.eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
             )  # fmt: skip

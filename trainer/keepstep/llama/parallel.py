@@ -62,18 +62,29 @@ def join(layout: Layout, device: torch.device, *, timeout_s: float) -> Groups:
 
 def groups(layout: Layout, rank: int, timeout: timedelta) -> Groups:
     """The groups of a rank, once the default process group is there."""
+    world = dist.distributed_c10d._get_default_group()
     mine: dict[str, dist.ProcessGroup | None] = {"dp": None, "pp": None, "tp": None}
     for dimension in mine:
         if getattr(layout, dimension) == 1:
             continue
         if getattr(layout, dimension) == layout.world_size:
-            mine[dimension] = dist.group.WORLD
+            mine[dimension] = world
             continue
         for members in layout.groups(dimension):
             group = dist.new_group(list(members), timeout=timeout)
             if rank in members:
+                assert isinstance(group, dist.ProcessGroup)
                 mine[dimension] = group
-    return Groups(layout=layout, rank=rank, world=dist.group.WORLD, **mine)
+    return Groups(layout=layout, rank=rank, world=world, **mine)
+
+
+def beside(groups: Groups, *, timeout_s: float) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks for a thread of its own: collectives of two threads must not share one."""
+    if groups.world is None:
+        return None
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def leave() -> None:

@@ -52,7 +52,7 @@ class OneForwardOneBackward:
         previous = -1 if stage.first else ring[at.pp - 1]
         following = -1 if stage.last else ring[at.pp + 1]
 
-        class MarkedStage(PipelineStage):  # type: ignore[misc]
+        class MarkedStage(PipelineStage):
             """Marks each pass in the beacon: first whose data it waits for, then that it has it."""
 
             def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:

@@ -1,10 +1,11 @@
 """Tensor parallelism on plain tensors: matrices cut over a few ranks, tokens cut between the matrices.
 
-    [tokens/tp, dim] --gather--> [tokens, dim] x column-cut matrix -> ... -> row-cut matrix --sum, scatter--> [tokens/tp, dim]
+    [tokens/tp, dim] --gather--> [tokens, dim] x columns -> ... x rows --sum, scatter--> [tokens/tp, dim]
 
-Between two pairs of matrices (norms, residual stream, pipeline edges) each rank holds its share of the tokens,
-as in Megatron's sequence parallelism. Tokens of all sequences of a micro-batch are one flat dimension, so a
-share is one contiguous block and no collective ever sees a strided tensor, which gloo would silently get wrong.
+Between two pairs of matrices (norms, residual stream, pipeline edges) each rank holds its share of the
+tokens, as in Megatron's sequence parallelism. Tokens of all sequences of a micro-batch are one flat
+dimension, so a share is one contiguous block and no collective ever sees a strided tensor, which gloo would
+silently get wrong.
 
 Gradients of weights are added into flat fp32 buffers by the backward functions themselves; autograd only
 carries gradients of activations. With one rank nothing here communicates.
@@ -70,7 +71,7 @@ def reduce_scatter(part: Tensor, whole: Tensor, group: dist.ProcessGroup | None)
 
 
 # oneDNN's fp32 kernels run at twice the speed of MKL's on AMD processors, and no slower on others.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     if _ONEDNN and x.dtype == torch.float32 and not x.is_cuda:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return product
-    return F.linear(x, weight)
+    plain: Tensor = F.linear(x, weight)
+    return plain
 
 
 class _Column(Function):
@@ -116,12 +118,12 @@ class _Row(Function):
 
 def column_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
     """[tokens/tp, in] -> [tokens, out/tp]; grad [out/tp, in] is added to in the backward pass."""
-    return _Column.apply(x, weight, grad, tp)  # type: ignore[no-any-return, no-untyped-call]
+    return _Column.apply(x, weight, grad, tp)  # type: ignore[no-any-return]
 
 
 def row_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
     """[tokens, in/tp] -> [tokens/tp, out]; grad [out, in/tp] is added to in the backward pass."""
-    return _Row.apply(x, weight, grad, tp)  # type: ignore[no-any-return, no-untyped-call]
+    return _Row.apply(x, weight, grad, tp)  # type: ignore[no-any-return]
 
 
 class _Embedding(Function):
@@ -153,7 +155,7 @@ class _Embedding(Function):
 def embedding(tokens: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
     """tokens [tokens] -> [tokens/tp, dim]; the table is cut along the vocabulary."""
     anchor = torch.zeros((), device=weight.device, requires_grad=True)  # makes autograd call backward
-    return _Embedding.apply(anchor, tokens, weight, grad, tp)  # type: ignore[no-any-return, no-untyped-call]
+    return _Embedding.apply(anchor, tokens, weight, grad, tp)  # type: ignore[no-any-return]
 
 
 class _CrossEntropy(Function):
@@ -170,7 +172,8 @@ class _CrossEntropy(Function):
         valid = (targets >= 0).float()
         ctx.save_for_backward(odds, total, index, mine, valid)
         ctx.scale, ctx.dtype = scale, logits.dtype
-        return ((total.log() - chosen) * valid).sum() * scale
+        loss: Tensor = ((total.log() - chosen) * valid).sum() * scale
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -187,4 +190,4 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float, tp: TensorParal
 
     logits [tokens, vocabulary/tp]; targets [tokens], negative where no prediction counts.
     """
-    return _CrossEntropy.apply(logits, targets, scale, tp)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropy.apply(logits, targets, scale, tp)  # type: ignore[no-any-return]

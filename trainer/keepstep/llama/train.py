@@ -12,8 +12,11 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from keepstep.core.errors import KeepstepError
+from torch.distributed import ProcessGroup
+
+from keepstep.core.errors import InputError, KeepstepError
 from keepstep.llama import parallel
 from keepstep.llama.data import Corpus
 from keepstep.llama.initial import initialise
@@ -21,6 +24,9 @@ from keepstep.llama.job import TrainJob
 from keepstep.llama.optimizer import Update
 from keepstep.llama.trainer import Rates, Trainer
 from keepstep.session import Phase, Session, current
+
+if TYPE_CHECKING:
+    from keepstep.llama import checkpoint
 
 STOPPED = 128 + signal.SIGTERM
 
@@ -61,20 +67,90 @@ def run(job: TrainJob, session: Session) -> int:
         seed=job.data.get("seed", job.seed), seq=job.seq, sequences_per_step=job.sequences,
     )  # fmt: skip
     trainer = Trainer(job, groups, corpus, device=device, session=session)
-    initialise(trainer.state, job.shape, job.seed)
-    trainer.optimizer.publish()
-    code = _loop(trainer, stop)
+    beside = parallel.beside(groups, timeout_s=job.timeout_s) if job.checkpoint else None
+    begin(trainer, corpus, beside)
+    keeper = Keeper(trainer, corpus, beside)
+    stopped = _loop(trainer, keeper, stop)
+    keeper.finish()
     session.phase(Phase.FINISHED)
     parallel.leave()
-    return code
+    return STOPPED if stopped else 0
 
 
-def _loop(trainer: Trainer, stop: StopSignal) -> int:
+def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None) -> None:
+    """The state of the first step: from the checkpoint to restore, given weights, or chance."""
+    job, state = trainer.job, trainer.state
+    if job.restore is not None:
+        from keepstep.llama.checkpoint import load
+
+        if job.checkpoint is None:
+            raise InputError("there is no checkpoint folder to restore from", where="checkpoint.dir")
+        manifest = load(job.checkpoint.folder, job.restore, state, model=job.shape, group=group)
+        corpus.check(manifest.data)
+    else:
+        initialise(state, job.shape, job.seed)
+    trainer.optimizer.publish()
+    trainer.session.resumed(state.step)
+
+
+class Keeper:
+    """Decides when to save, and saves beside training."""
+
+    def __init__(self, trainer: Trainer, corpus: Corpus, group: ProcessGroup | None) -> None:
+        self._trainer, self._corpus = trainer, corpus
+        self._last = time.monotonic()
+        self._saver: checkpoint.Saver | None = None
+        if (config := trainer.job.checkpoint) is not None:
+            from keepstep.llama.checkpoint import Identity, Saver
+
+            job = trainer.job
+            self._saver = Saver(
+                config.folder, trainer.state,
+                Identity(
+                    job=job.id, attempt=job.attempt, layout=job.layout, model=job.shape, branches=job.branches
+                ),
+                group=group, session=trainer.session, keep=config.keep, wait_s=job.timeout_s,
+            )  # fmt: skip
+
+    @property
+    def due(self) -> bool:
+        """Whether this rank's clock wants a save. What is done is what any rank wanted."""
+        config = self._trainer.job.checkpoint
+        return bool(config and config.every_s and time.monotonic() - self._last >= config.every_s)
+
+    def after_step(self, *, wanted: bool) -> None:
+        """Every rank decides the same: `wanted` is what all of them know."""
+        if self._saver is None:
+            return
+        job, step = self._trainer.job, self._trainer.state.step
+        assert job.checkpoint is not None
+        every = job.checkpoint.every_steps
+        if wanted or (every and step % every == 0):
+            self.save()
+        self._saver.poll()
+
+    def save(self) -> None:
+        if self._saver is None:
+            return
+        trainer = self._trainer
+        step = trainer.state.step
+        trainer.session.phase(Phase.CHECKPOINT)
+        self._saver.save(step, tokens=step * trainer.job.global_tokens, data=self._corpus.position(step))
+        self._last = time.monotonic()
+
+    def finish(self) -> None:
+        """Save the last state, wherever training ended."""
+        if self._saver is not None:
+            self.save()
+            self._saver.close()
+
+
+def _loop(trainer: Trainer, keeper: Keeper, stop: StopSignal) -> bool:
+    """Steps until all are done (False) or a rank was told to stop (True)."""
     job, session, state = trainer.job, trainer.session, trainer.state
-    session.resumed(state.step)
     while state.step < job.steps:
         started = time.perf_counter()
-        update = trainer.step(ask=stop.came)
+        update = trainer.step(asks=(stop.came, keeper.due))
         rates = trainer.rates(time.perf_counter() - started)
         session.step_done(
             state.step, loss=update.loss, grad_norm=update.grad_norm,
@@ -83,9 +159,11 @@ def _loop(trainer: Trainer, stop: StopSignal) -> int:
         if trainer.reports:
             sys.stdout.write(line(state.step, job.steps, update, rates) + "\n")
             sys.stdout.flush()
-        if update.asked:
-            return STOPPED
-    return 0
+        told_to_stop, save_due = update.asks
+        if told_to_stop:
+            return True
+        keeper.after_step(wanted=save_due)
+    return False
 
 
 def line(step: int, steps: int, update: Update, rates: Rates) -> str:

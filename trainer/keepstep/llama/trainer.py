@@ -1,5 +1,6 @@
 """One rank's trainer: its share of the model, and a step from data to updated weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,7 +63,7 @@ class Trainer:
         """Whether this is the one rank that prints."""
         return self.counts_loss and self.groups.at.dp == 0
 
-    def step(self, *, ask: bool = False) -> Update:
+    def step(self, asks: Sequence[bool] = ()) -> Update:
         """Forward, backward and update on the global batch that follows the present step."""
         job, state = self.job, self.state
         self.session.phase(Phase.DATA)
@@ -82,7 +83,7 @@ class Trainer:
                 losses[replica] = loss
             self.session.phase(Phase.OPTIMIZER, group="dp")
             self.optimizer.gradients.collect(replica)
-        return self.optimizer.update(losses, lr=job.optimizer.lr_at(state.step, job.steps), ask=ask)
+        return self.optimizer.update(losses, lr=job.optimizer.lr_at(state.step, job.steps), asks=asks)
 
     def rates(self, elapsed_s: float) -> Rates:
         """Of one step that took this long."""

@@ -1,0 +1,197 @@
+"""Every layout trains like one process; a rerun, and a shrunk gang, train the same bit by bit.
+
+Gangs are forked from a clean parent process that has torch loaded, because pytest itself has threads.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+STEPS = 20
+
+
+class Gangs:
+    """A parent process that runs one gang after another; a line of JSON in, a line of JSON out."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        self._process = subprocess.Popen(
+            [sys.executable, TESTS / "llama_gangs.py"], env=environment, cwd=folder, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, layout: str, **options: Any) -> dict[str, Any]:
+        """layout: dp x pp x tp. Gives losses, gradient norms and a digest of the final weights by name."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request: dict[str, Any] = {"layout": [int(n) for n in layout.split("x")], "steps": STEPS, **options}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def gangs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    parent = Gangs(tmp_path_factory.mktemp("gangs"))
+    yield parent
+    parent.close()
+
+
+@pytest.fixture(scope="module")
+def alone(gangs: Gangs) -> dict[str, Any]:
+    return gangs.run("1x1x1")
+
+
+def distance(one: dict[str, Any], other: dict[str, Any], what: str) -> float:
+    return max(abs(float(a) - float(b)) for a, b in zip(one[what], other[what], strict=True))
+
+
+@pytest.mark.parametrize("layout", ["2x1x1", "1x2x1", "1x1x2", "2x2x2", "1x2x2", "4x1x2", "2x2x1", "1x4x1"])
+def test_every_layout_trains_like_one_process(gangs: Gangs, alone: dict[str, Any], layout: str) -> None:
+    found = gangs.run(layout)
+    assert len(found["losses"]) == STEPS
+    assert found["losses"][-1] < found["losses"][0] - 0.3, "it must learn, or equality shows nothing"
+    assert distance(found, alone, "losses") < 1e-5
+    assert distance(found, alone, "norms") < 1e-4
+
+
+def test_without_the_sum_over_tensor_ranks_norm_gradients_would_differ(
+    gangs: Gangs, alone: dict[str, Any]
+) -> None:
+    """The comparison above can fail: leave one collective out and it does."""
+    found = gangs.run("1x1x2", sabotage="norm-gradients")
+    assert distance(found, alone, "losses") > 1e-5
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[what] == other[what] for what in ("losses", "norms", "weights"))
+
+
+def test_a_rerun_is_the_same_bit_by_bit(gangs: Gangs) -> None:
+    assert same(gangs.run("2x2x2", steps=6), gangs.run("2x2x2", steps=6))
+
+
+def test_another_number_of_replicas_is_not_the_same_bit_by_bit(gangs: Gangs) -> None:
+    """So the next test can fail: without the old replicas kept apart, sums are made in another order."""
+    assert not same(gangs.run("4x1x1", steps=6), gangs.run("1x1x1", steps=6))
+
+
+@pytest.mark.parametrize(("asked", "left"), [("4x1x1", ("2x1x1", "1x1x1")), ("2x2x2", ("1x2x2",))])
+def test_fewer_replicas_give_the_bits_of_the_number_asked_for(
+    gangs: Gangs, asked: str, left: tuple[str, ...]
+) -> None:
+    whole = gangs.run(asked, steps=6)
+    for layout in left:
+        assert same(gangs.run(layout, steps=6, replicas=int(asked[0])), whole), layout
+
+
+def test_a_checkpoint_of_one_layout_goes_on_in_others(gangs: Gangs, tmp_path: Path) -> None:
+    folder = str(tmp_path / "job")
+    whole = gangs.run("2x2x2", steps=10)
+    gangs.run("2x2x2", steps=10, stop_at=5, checkpoint=folder)
+    for layout in ("2x2x2", "1x1x1", "4x1x2"):
+        rest = gangs.run(layout, steps=10, restore=5, checkpoint=folder, replicas=0)
+        assert len(rest["losses"]) == 5
+        worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][5:], strict=True))
+        assert worst == 0.0 if layout == "2x2x2" else worst < 1e-5, layout
+
+
+MODEL = {"layers": 2, "dim": 32, "ffn_dim": 64, "heads": 4, "kv_heads": 2, "vocabulary": 260, "max_seq": 64}
+
+
+def write_job(folder: Path, layout: str, **changes: Any) -> None:
+    """job.json as an agent writes it, of a small model on a text of its own."""
+    dp, pp, tp = (int(n) for n in layout.split("x"))
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(400)))
+    job = {
+        "job": "beer-x2y3", "attempt": 1, "layout": {"dp": dp, "pp": pp, "cp": 1, "tp": tp}, "virtual_dp": dp,
+        "model": MODEL, "data": {"source": "text", "path": str(text), "seed": 5}, "steps": 6,
+        "batch": {"global_tokens": 256, "seq": 32, "micro_batch": 1}, "optimizer": {"lr": 3e-3},
+        "checkpoint": {"dir": str(folder / "checkpoints"), "every_steps": 4, "keep": 3},
+        "lineage": [[1, None, None]], "timeout_s": 30,
+    }  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job | changes))
+
+
+def programs(gangs: Gangs, folder: Path, layout: str, **options: Any) -> list[dict[str, Any]]:
+    ranks: list[dict[str, Any]] = gangs.run(layout, main=str(folder), **options)["ranks"]
+    return ranks
+
+
+def complete(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in (folder / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_the_program_trains_and_reports_from_one_rank(gangs: Gangs, tmp_path: Path) -> None:
+    write_job(tmp_path, "2x2x1")
+    ranks = programs(gangs, tmp_path, "2x2x1")
+    assert [rank["code"] for rank in ranks] == [0] * 4, ranks
+    assert [bool(rank["out"]) for rank in ranks] == [False, True, False, False], "last stage, first replica"
+    lines = ranks[1]["out"].splitlines()
+    expected = r"step (\d)/6 loss \d\.\d{3} grad \d+\.\d\d [\d.]+ k? ?tokens/s [\d.]+ [kMG]FLOPs/slot"
+    assert [re.fullmatch(expected, line)[1] for line in lines] == list("123456")  # type: ignore[index]
+    assert complete(tmp_path) == ["step-00000004-attempt-0001", "step-00000006-attempt-0001"]
+
+
+def test_told_to_stop_all_ranks_save_the_same_step_and_the_job_goes_on_from_it(
+    gangs: Gangs, tmp_path: Path
+) -> None:
+    write_job(tmp_path, "1x2x2")
+    whole = programs(gangs, tmp_path, "1x2x2")[2]["out"].splitlines()
+    (tmp_path / "stopped").mkdir()
+    write_job(tmp_path / "stopped", "1x2x2")
+    ranks = programs(gangs, tmp_path / "stopped", "1x2x2", term_rank=1, term_step=2)
+    assert [rank["code"] for rank in ranks] == [143] * 4, ranks
+    (saved,) = complete(tmp_path / "stopped")
+    step = int(saved[5:13])
+    assert step in {3, 4}, "the signal comes in step 3; its rank may have asked by then, or asks in step 4"
+    write_job(
+        tmp_path / "stopped", "1x2x2", attempt=2, restore={"attempt": 1, "step": step},
+        lineage=[[1, None, None], [2, 1, step]],
+    )  # fmt: skip
+    rest = programs(gangs, tmp_path / "stopped", "1x2x2")[2]["out"].splitlines()
+
+    def losses(lines: list[str]) -> list[str]:
+        return [line.split(" grad ")[0] for line in lines]
+
+    assert losses(rest) == losses(whole)[step:]
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "what"),
+    [
+        ("1x1x4", {}, "layout: tensor parallel 4 does not fit: it does not divide 2 KV heads"),
+        ("1x4x1", {}, "layout: pipeline parallel 4 does not fit: the model has 2 layers"),
+        ("1x1x1", {"batch": {"global_tokens": 250, "seq": 32}}, "batch: 250 tokens of a step cannot be cut"),
+        ("1x2x1", {"batch": {"global_tokens": 32, "seq": 32}}, "do not fill 2 pipeline stages"),
+        ("1x1x1", {"layout": {"dp": 2}}, "1 ranks were started"),
+        ("1x1x1", {"restore": {"attempt": 1, "step": 9}}, "is no complete checkpoint"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_and_ends_with_2(
+    gangs: Gangs, tmp_path: Path, layout: str, changes: dict[str, Any], what: str
+) -> None:
+    write_job(tmp_path, layout, **changes)
+    for number, rank in enumerate(programs(gangs, tmp_path, layout)):
+        assert rank["code"] == 2
+        assert what in rank["errors"]
+        assert "Traceback" not in rank["errors"]
+        left = json.loads((tmp_path / f"error-{number}.json").read_text())
+        assert what in left["message"]["message"]

@@ -1,0 +1,145 @@
+"""The parent of test_llama_parallel: reads what to train, forks a gang for it, writes what came out."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.pipelining
+
+from keepstep.core.checkpoints import Point
+from keepstep.core.ids import Attempt, Step
+from keepstep.llama import parallel
+from keepstep.llama.checkpoint import Identity, Saver, load
+from keepstep.llama.data import Batch
+from keepstep.llama.initial import initialise
+from keepstep.llama.job import TrainJob
+from keepstep.llama.optimizer import Update
+from keepstep.llama.train import main as main_of_trainer
+from keepstep.llama.trainer import Trainer
+from keepstep.session import current
+from rank_gang import GangFailed, run_gang
+
+SEQ, SEQUENCES = 32, 8
+MODEL = {"layers": 4, "dim": 64, "ffn_dim": 96, "heads": 8, "kv_heads": 4, "vocabulary": 68, "max_seq": 64}
+
+
+class Patterns:
+    """Sequences of a few documents each, made from (step, number) alone; there is something to learn."""
+
+    def sequences(self, step: int, start: int, stop: int) -> Batch:
+        tokens = np.empty((stop - start, SEQ + 1), np.int64)
+        documents = np.zeros((stop - start, SEQ), np.int32)
+        positions = np.empty((stop - start, SEQ), np.int64)
+        for row in range(stop - start):
+            chance = np.random.default_rng([step, start + row])
+            tokens[row] = np.cumsum(chance.integers(0, 3, SEQ + 1)) % MODEL["vocabulary"]
+            for cut in chance.integers(1, SEQ, 2)[: (start + row) % 3]:
+                documents[row, cut:] += 1
+            starts = np.flatnonzero(np.diff(documents[row], prepend=-1))
+            positions[row] = np.arange(SEQ) - np.repeat(starts, np.diff(starts, append=SEQ))
+        return Batch(tokens, documents, positions)
+
+
+def job(request: dict[str, Any]) -> TrainJob:
+    dp, pp, tp = request["layout"]
+    return TrainJob.parse(
+        {
+            "job": "test",
+            "layout": {"dp": dp, "pp": pp, "tp": tp},
+            "virtual_dp": request.get("replicas"),
+            "model": MODEL,
+            "steps": request["steps"],
+            "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ},
+            "optimizer": {"lr": 3e-3, "warmup_steps": 3},
+            "timeout_s": 30,
+        }
+    )
+
+
+def train(request: dict[str, Any]) -> dict[str, Any]:
+    """On one rank."""
+    described = job(request)
+    device = torch.device("cpu")
+    groups = parallel.join(described.layout, device, timeout_s=30)
+    trainer = Trainer(described, groups, Patterns(), device=device, session=current())
+    if request.get("sabotage") == "norm-gradients":
+        trainer.optimizer.gradients.groups = parallel.Groups(layout=groups.layout, rank=groups.rank)
+    folder = Path(request.get("checkpoint", ""))
+    beside = parallel.beside(groups, timeout_s=30)
+    if "restore" in request:
+        at = Point(step=Step(request["restore"]), attempt=Attempt(1))
+        load(folder, at, trainer.state, model=described.shape, group=beside)
+    else:
+        initialise(trainer.state, described.shape, seed=0)
+    trainer.optimizer.publish()
+    updates = [trainer.step() for _ in range(trainer.state.step, request.get("stop_at", described.steps))]
+    if "stop_at" in request:
+        identity = Identity(job="test", attempt=1, layout=described.layout, model=described.shape)
+        saver = Saver(folder, trainer.state, identity, group=beside, session=current())
+        saver.save(trainer.state.step, tokens=0, data={})
+        assert saver.close(30) == trainer.state.step
+    parallel.leave()
+    used = trainer.state.weights[: trainer.state.index.used].numpy().tobytes()
+    return {
+        "losses": [update.loss for update in updates],
+        "norms": [update.grad_norm for update in updates],
+        "weights": hashlib.sha256(used).hexdigest(),
+        "place": str(groups.at.pp) + str(groups.at.tp),
+    }
+
+
+def whole_program(request: dict[str, Any]) -> dict[str, Any]:
+    """What `python -m keepstep.llama` does on one rank, its output caught."""
+    rank = int(os.environ["RANK"])
+    folder = Path(request["main"])
+    os.environ["KEEPSTEP_JOB_FILE"] = str(folder / "job.json")
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"error-{rank}.json")
+    if rank == request.get("term_rank"):
+        step = Trainer.step
+
+        def told_to_stop(trainer: Trainer, *args: Any) -> Update:
+            if trainer.state.step == request["term_step"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(trainer, *args)
+
+        Trainer.step = told_to_stop  # type: ignore[assignment,method-assign]
+    out, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(errors):
+        code = main_of_trainer()
+    return {"code": code, "out": out.getvalue(), "errors": errors.getvalue()}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    dp, pp, tp = request["layout"]
+    try:
+        if "main" in request:
+            return {"ranks": run_gang(dp * pp * tp, lambda: whole_program(request))}
+        ranks = run_gang(dp * pp * tp, lambda: train(request))
+    except GangFailed as error:
+        return {"error": str(error)}
+    first = ranks[0]
+    for rank in ranks:
+        assert rank["losses"] == first["losses"]
+        assert rank["norms"] == first["norms"]
+    weights: dict[str, str] = {}
+    for rank in ranks:  # replicas must agree
+        if weights.setdefault(rank["place"], rank["weights"]) != rank["weights"]:
+            return {"error": f"replicas of {rank['place']} differ"}
+    return {"losses": first["losses"], "norms": first["norms"], "weights": weights}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
