@@ -63,9 +63,10 @@ class Spool:
         self._bytes_max, self._segment_bytes = bytes_max, max(4096, bytes_max // 16)
         self._acknowledged = _read_number(folder / "acknowledged")
         self._segments = [_scan(path, first) for first, path in sorted(_named(folder))]
-        if not self._segments:
+        if self._segments:
+            self._file = self._segments[-1].path.open("ab")
+        else:
             self._new_segment(self._acknowledged + 1)
-        self._file = self._segments[-1].path.open("ab")
         self._after_another_boot()
 
     @property
