@@ -1,4 +1,4 @@
-"""Launches for tests: a launch file of a few lines, run to its end or to its death, with nothing left behind."""
+"""Launches for tests: short launch files, run to their end or to their death, with nothing left behind."""
 
 import os
 import sys
@@ -87,6 +87,17 @@ def members(marker: str) -> list[int]:
     """Living processes of an attempt."""
     found = processes.table()
     return [pid for pid in marked(marker, found) if found[pid].alive]
+
+
+def shared_memory() -> set[str]:
+    """Names in /dev/shm."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def alive(pid: int) -> bool:
+    """A zombie that its new parent has not reaped yet is dead."""
+    process = processes.read(pid)
+    return process is not None and process.alive
 
 
 def until(look: Callable[[], _Seen], *, within_s: float = WITHIN_S) -> _Seen:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - scripts are quoted as they are run
 """A script cannot tell a warm start from a cold one: what it prints and how it ends is the same, to the byte."""
 
 import asyncio
@@ -8,10 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from keepstep.agent.standby import StandbyServer
 from shims import ENV, WITHIN_S, launch_file, launched, run, said, script, until
 
-MODULES = ("json", "logging", "multiprocessing.synchronize", "multiprocessing.pool", "tempfile", "random", "threading")
+MODULES = (
+    "json",
+    "logging",
+    "multiprocessing.synchronize",
+    "multiprocessing.pool",
+    "tempfile",
+    "random",
+    "threading",
+)
 
 SCRIPTS = {
     "names": """
@@ -195,35 +205,36 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandbyServer]:
     asyncio.run(server.stop())
 
 
+def _seen(
+    tmp_path: Path, server: StandbyServer, text: str, argv: tuple[str, ...], *, name: str, warm: bool
+) -> tuple[object, ...]:
+    """What a script says, how it ends, and what it has written."""
+    how = "warm" if warm else "cold"
+    folder, directory = tmp_path / how, tmp_path / f"launch-{how}"
+    script(folder, "keep = []\n", "beside.py")
+    script(folder / "pkg", "", "__init__.py")
+    (folder / name).write_bytes(text.encode("latin-1" if "latin-1" in text else "utf-8"))
+    file = replace(launch_file(folder, argv, warm=warm), job="job")
+
+    async def check() -> tuple[object, ...]:
+        async with launched(directory, file, standby=server) as shim:
+            assert shim.status.warm is warm, shim.status.note
+            ending = await shim.ended(timeout_s=WITHIN_S)
+            return ending.ranks[0].exit_code, ending.ranks[0].signal
+
+    end = asyncio.run(check())
+    words = said(directory)
+    for pattern, instead in _VARYING:
+        words = pattern.sub(instead, words)
+    return (*end, words, {path.name: path.read_bytes() for path in sorted(folder.rglob("*.txt"))})
+
+
 def _both(
     tmp_path: Path, server: StandbyServer, text: str, argv: tuple[str, ...], *, name: str = "script.py"
 ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """What a script says and how it ends: cold, warm."""
-    seen = []
-    for how in ("cold", "warm"):
-        folder = tmp_path / how
-        (folder / "pkg").mkdir(parents=True)
-        script(folder, "keep = []\n", "beside.py")
-        script(folder / "pkg", "", "__init__.py")
-        path = folder / name
-        path.write_bytes(text.encode("latin-1" if "latin-1" in text else "utf-8", "surrogateescape"))
-        file = launch_file(folder, argv, warm=how == "warm")
-        file = replace(file, job="job")
-        directory = tmp_path / f"launch-{how}"
-
-        async def check() -> tuple[object, ...]:
-            async with launched(directory, file, standby=server) as shim:
-                assert shim.status.warm is (how == "warm"), shim.status.note
-                ending = await shim.ended(timeout_s=WITHIN_S)
-                return ending.ranks[0].exit_code, ending.ranks[0].signal
-
-        end = asyncio.run(check())
-        words = said(directory)
-        for pattern, instead in _VARYING:
-            words = pattern.sub(instead, words)
-        files = {p.name: p.read_bytes() for p in sorted(folder.rglob("*.txt"))}
-        seen.append((*end, words, files))
-    return seen[0], seen[1]
+    """Cold, warm."""
+    cold, warm = (_seen(tmp_path, server, text, argv, name=name, warm=warm) for warm in (False, True))
+    return cold, warm
 
 
 @pytest.mark.parametrize("case", SCRIPTS)
@@ -234,7 +245,18 @@ def test_a_script(tmp_path: Path, server: StandbyServer, case: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["names", "traceback", "late", "syntax", "exit_three", "exit_words", "interrupted", "spawn", "pickle_main", "finalizers"],
+    [
+        "names",
+        "traceback",
+        "late",
+        "syntax",
+        "exit_three",
+        "exit_words",
+        "interrupted",
+        "spawn",
+        "pickle_main",
+        "finalizers",
+    ],
 )
 def test_a_module(tmp_path: Path, server: StandbyServer, case: str) -> None:
     cold, warm = _both(tmp_path, server, SCRIPTS[case], ("-m", "pkg.mod", "--n", "3"), name="pkg/mod.py")

@@ -8,12 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from keepstep.agent import shimlink
 from keepstep.agent.rank import processes
 from keepstep.agent.shimlink import Ending, Rotate, Shim
-from keepstep.core.beacon import BeaconWriter, Record
 from keepstep.core.errors import Refused, Unreachable
-from shims import ENV, WITHIN_S, launch_file, launched, members, run, said, script, until
+from shims import (
+    ENV,
+    WITHIN_S,
+    alive,
+    launch_file,
+    launched,
+    members,
+    run,
+    said,
+    script,
+    shared_memory,
+    until,
+)
 
 SLEEP = "import time\nprint('up', flush=True)\ntime.sleep(600)\n"
 
@@ -84,7 +96,6 @@ print(sorted(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/
 print(os.readlink("/proc/self/fd/0"), os.environ["KEEPSTEP_BEACON_FD"])
 print([line for line in open("/proc/self/status") if line.startswith(("SigBlk", "SigIgn"))])
 """
-    subprocess.run(["true"], check=True)
     file = launch_file(
         tmp_path, script(tmp_path, text), env={"PATH": ENV["PATH"], "SECRET": "s3cret"}, umask=0o27,
         limits={"nofile": 77, "core": 0},
@@ -92,9 +103,16 @@ print([line for line in open("/proc/self/status") if line.startswith(("SigBlk", 
     asyncio.run(run(tmp_path / "1", file))
     environment, place, descriptors, stdin, masks = said(tmp_path / "1").splitlines()
     expected = {
-        "PATH": ENV["PATH"], "SECRET": "s3cret", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "False",
-        "KEEPSTEP_ATTEMPT": file.marker, "LC_CTYPE": "C.UTF-8",
+        "PATH": ENV["PATH"],
+        "SECRET": "s3cret",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "KEEPSTEP_ATTEMPT": file.marker,
+        "LC_CTYPE": "C.UTF-8",
     }  # fmt: skip  LC_CTYPE: the interpreter's own
     seen = dict(eval(environment))  # noqa: S307 - printed by the script above
     beacon = seen.pop("KEEPSTEP_BEACON_FD")
@@ -171,7 +189,7 @@ time.sleep(600)
             assert ending.swept >= 2
             assert [rank.state for rank in ending.ranks] == ["lost", "lost"]
             assert members(file.marker) == []
-            assert not any((found := processes.read(pid)) and found.alive for pid in escaped)
+            assert not any(map(alive, escaped))
             with pytest.raises(Unreachable):
                 await shim.end()
         assert isinstance(await shimlink.adopt(directory, file.marker), Ending)
@@ -186,7 +204,8 @@ import os, sys
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        os.execve(sys.executable, ["python", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"], {})
+        hidden = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+        os.execve(sys.executable, ["python", "-c", hidden], {})
     os._exit(0)
 os.wait()
 if os.environ["RANK"] == "0":
@@ -200,12 +219,14 @@ time.sleep(600)
         async with launched(directory, launch_file(tmp_path, script(tmp_path, text), ranks=2)) as shim:
             hidden = [int(until(lambda rank=rank: said(directory, rank))) for rank in (0, 1)]  # type: ignore[misc]
             status = await shim.wait_for(lambda status: status.ranks[0].exit_code == 7, timeout_s=WITHIN_S)
-            assert status.ranks[1].state == "running"  # one failure does not end the others: the controller says
-            assert all(processes.read(pid) for pid in hidden)
+            assert (
+                status.ranks[1].state == "running"
+            )  # one failure does not end the others: the controller says
+            assert all(map(alive, hidden))
             await shim.end("KILL")
             ending = await shim.ended(timeout_s=WITHIN_S)
             assert ending.swept >= 3
-            assert not any((found := processes.read(pid)) and found.alive for pid in hidden)
+            assert not any(map(alive, hidden))
 
     asyncio.run(check())
 
@@ -214,7 +235,7 @@ def test_what_outlives_all_ranks_is_ended(tmp_path: Path) -> None:
     text = "import os, time\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
     ending = asyncio.run(run(tmp_path / "1", launch_file(tmp_path, script(tmp_path, text))))
     assert ending.ranks[0].exit_code == 0
-    assert processes.read(int(said(tmp_path / "1"))) is None
+    assert not alive(int(said(tmp_path / "1")))
 
 
 def test_a_stopped_rank_is_killed(tmp_path: Path) -> None:
@@ -280,7 +301,7 @@ from pathlib import Path
 from keepstep.agent import shimlink
 from shims import launch_file, script
 folder = Path(sys.argv[1])
-text = "import os, time\\nwhile not os.path.exists('leave'):\\n    time.sleep(0.01)\\nprint('left')\\nraise SystemExit(9)\\n"
+text = "import os, time\\nwhile not os.path.exists('go'): time.sleep(0.01)\\nprint('left'); exit(9)"
 async def main():
     assert shimlink.claim(folder / "1")
     shim = await shimlink.launch(folder / "1", launch_file(folder, script(folder, text)))
@@ -309,7 +330,7 @@ def test_an_agent_dies_and_another_adopts(tmp_path: Path) -> None:
         assert again.ranks == first.status.ranks
         newest = await shimlink.adopt(tmp_path / "1", marker)
         assert isinstance(newest, Shim)
-        (tmp_path / "leave").touch()
+        (tmp_path / "go").touch()
         assert (await newest.ended(timeout_s=WITHIN_S)).ranks[0].exit_code == 9
         assert (await first.ended(timeout_s=WITHIN_S)).ranks[0].exit_code == 9
         assert newest.status.phase == "dead"
@@ -377,12 +398,10 @@ else:
 
     async def check() -> None:
         directory = tmp_path / "1"
-        file = launch_file(
-            tmp_path, script(tmp_path, text), ranks=2, rotate=Rotate(bytes=1 << 20, files=3)
-        )
+        file = launch_file(tmp_path, script(tmp_path, text), ranks=2, rotate=Rotate(bytes=1 << 20, files=3))
         async with launched(directory, file) as shim:
             until(lambda: said(directory, 1).count("\n") == 20)
-            until(lambda: (directory / "rank-0.log.2").exists())
+            until((directory / "rank-0.log.2").exists)
             await shim.refresh()  # it answers
             (tmp_path / "enough").touch()
             ending = await shim.ended(timeout_s=WITHIN_S)
@@ -399,12 +418,11 @@ def test_a_beacon_is_read_while_the_rank_lives_and_afterwards(tmp_path: Path) ->
     text = f"""
 import mmap, os, sys
 sys.path[:0] = {sys.path!r}
-from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Record
+from keepstep.core.beacon import PAGE, BeaconWriter, Record
 page = mmap.mmap(int(os.environ["KEEPSTEP_BEACON_FD"]), PAGE)
-BeaconWriter(page, rank=int(os.environ["RANK"]), world_size=2).write(Record(step=40 + int(os.environ["RANK"])))
+rank = int(os.environ["RANK"])
+BeaconWriter(page, rank=rank, world_size=2).write(Record(step=40 + rank))
 """
-    assert BeaconWriter
-    assert Record
 
     async def check() -> None:
         file = launch_file(tmp_path, script(tmp_path, text), ranks=2)
@@ -444,20 +462,20 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_and_their_semaphores_leave_nothing(tmp_path: Path, method: str) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
 
     async def check() -> None:
         directory = tmp_path / "1"
         file = launch_file(tmp_path, (*script(tmp_path, _SHARED), method))
         async with launched(directory, file) as shim:
             until(lambda: said(directory).count("working") == 2)
-            assert any(name.startswith("psm_") for name in set(os.listdir("/dev/shm")) - before)
+            assert any(name.startswith("psm_") for name in shared_memory() - before)
             rank = shim.status.ranks[0].pid
             assert rank
             os.kill(rank, signal.SIGKILL)  # its workers would live on for seconds
             ending = await shim.ended(timeout_s=WITHIN_S)
             assert ending.ranks[0].signal == "SIGKILL"
-            assert {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))} <= before
+            assert {name for name in shared_memory() if name.startswith(("psm_", "sem.mp-"))} <= before
 
     asyncio.run(check())
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from keepstep.agent.rank import kill, lines, marker, processes, protocol
 from keepstep.agent.rank.processes import Process
 from keepstep.core import beacon
@@ -78,7 +79,8 @@ def test_the_marker_is_found_whole_or_not_at_all(sleeper: subprocess.Popen[bytes
 _OVERWRITE = """
 import importlib.util, os, sys
 here = sys.argv[1]
-spec = importlib.util.spec_from_file_location("side", here + "/__init__.py", submodule_search_locations=[here])
+start = here + "/__init__.py"
+spec = importlib.util.spec_from_file_location("side", start, submodule_search_locations=[here])
 sys.modules["side"] = importlib.util.module_from_spec(spec)
 from side import marker
 marker.entitle(["python", "shim"])

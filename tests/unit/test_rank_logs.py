@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+
 from keepstep.agent.rank.logs import Output, RotatedLog
 
 

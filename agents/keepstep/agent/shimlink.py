@@ -288,7 +288,8 @@ async def _found(directory: Path, marker: str, pid: int) -> Shim:
     while True:
         if shim := await _try_connect(directory):
             return shim
-        if process is None or not processes.is_alive(pid, process.start_ticks):
+        gone = process is None or not processes.is_alive(pid, process.start_ticks)
+        if gone and not _shim_alive(directory, marker):
             raise Unreachable(
                 "the shim ended before it could be reached", where=marker, why=last_words(directory)
             )
@@ -316,15 +317,8 @@ def _shim_alive(directory: Path, marker: str) -> bool:
     try:
         identity = json.loads((directory / IDENTITY).read_bytes())
     except FileNotFoundError:
-        return any(b"/__main__.py\0shim\0" in _command(process.pid) for process in processes_of(marker))
+        return bool(processes_of(marker))
     return processes.is_alive(identity["pid"], identity["start_ticks"])
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def _write_private(path: Path, content: bytes) -> None:

@@ -70,7 +70,10 @@ class StandbyServer:
             raise TimedOut(what, where=str(self.directory), why=self._why()) from None
 
     async def fork(self, launch: Path, marker: str, *, timeout_s: float = _FORK_S) -> int:
-        """A shim for a launch directory; its pid. Never starts a server."""
+        """A shim for a launch directory; its pid. Never starts a server, nor waits for one to load."""
+        identity = self._identity()
+        if identity is None or identity["state"] != "ready":
+            raise Unreachable("the standby server is not loaded", where=str(self.directory), why=self._why())
         try:
             async with asyncio.timeout(timeout_s), self._one:
                 answer = await self._ask({"do": "fork", "dir": str(launch), "marker": marker})

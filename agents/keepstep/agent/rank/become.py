@@ -131,7 +131,7 @@ def _module(argv: tuple[str, ...]) -> None:
 
 
 def _empty_main() -> dict[str, Any]:
-    """`__main__` as an interpreter has it before it runs anything. A new one, so that it can go at the end."""
+    """`__main__` as an interpreter has it at first. A new one, so that it can go at the end."""
     sys.modules["__main__"] = ModuleType("__main__")
     space = vars(sys.modules["__main__"])
     if sys.version_info < (3, 14):

@@ -91,7 +91,7 @@ def _guarded(step: Callable[[], object]) -> None:
 
 
 def flush(*, told: bool = False) -> bool:
-    """Both streams; False when one cannot be. `told`: say so of standard output, in the interpreter's words."""
+    """False when a stream cannot be flushed. `told`: say so of standard output, as the interpreter does."""
     whole = True
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -41,8 +41,12 @@ _MAIN = str(Path(__file__).with_name("__main__.py"))
 
 
 def main(directory: Path, loaded: become.Loaded | None) -> None:
-    launch = LaunchFile.read(directory / LAUNCH)
-    (directory / LAUNCH).unlink()  # it holds the job's secrets
+    mine = directory / f"{LAUNCH}.taken"
+    (directory / LAUNCH).rename(
+        mine
+    )  # of two shims for one launch, started by an impatient agent, one gets it
+    launch = LaunchFile.read(mine)
+    mine.unlink()  # it holds the job's secrets
     processes.adopt_orphans()
     if loaded is not None:
         entitle([*launch.interpreter[:1], "keepstep-shim", launch.marker])
