@@ -21,6 +21,7 @@ from keepstep.spec import load, to_dict
 
 Json = dict[str, Any]
 _POLL_S = 0.02
+WITHIN_S = 240.0  # far more than anything takes, on a machine that is busy with other things
 
 
 class Cluster:
@@ -29,6 +30,7 @@ class Cluster:
         self.options = service.Options(nodes=nodes, slots=slots, **options)
         self._shm = set(os.listdir("/dev/shm"))
         self.running = self.start()
+        self.until(lambda: len(self.connected()) == nodes, f"{nodes} nodes to register")
 
     def start(self) -> Running:
         self.running = service.start(self.home, self.options).running
@@ -37,6 +39,15 @@ class Cluster:
     @property
     def client(self) -> Client:
         return service.client(self.running)
+
+    def connected(self) -> list[str]:
+        return [node["name"] for node in self.client.get("/nodes")["nodes"] if node["connected"]]
+
+    def until(self, condition: Callable[[], Any], what: str, *, within_s: float = WITHIN_S) -> None:
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {within_s} s for {what}"
+            time.sleep(_POLL_S)
 
     # ---------------------------------------------------------------- jobs
 
@@ -60,7 +71,7 @@ class Cluster:
         found: list[Json] = self.client.get(f"/jobs/{ref}/incidents")["incidents"]
         return found[::-1]
 
-    def wait(self, ref: str, condition: Callable[[Json], Any], *, within_s: float = 90.0) -> Json:
+    def wait(self, ref: str, condition: Callable[[Json], Any], *, within_s: float = WITHIN_S) -> Json:
         """Until the job fulfils a condition. Fails with what the job says instead."""
         deadline = time.monotonic() + within_s
         job: Json = {}
@@ -77,10 +88,10 @@ class Cluster:
         told = "\n".join(f"  {event['kind']}: {event['text']}" for event in events)
         raise AssertionError(f"after {within_s} s: {job.get('state')}: {job.get('reason')}\n{told}")
 
-    def wait_state(self, ref: str, *states: str, within_s: float = 90.0) -> Json:
+    def wait_state(self, ref: str, *states: str, within_s: float = WITHIN_S) -> Json:
         return self.wait(ref, lambda job: job["state"] in states, within_s=within_s)
 
-    def wait_step(self, ref: str, step: int, *, attempt: int = 1, within_s: float = 90.0) -> Json:
+    def wait_step(self, ref: str, step: int, *, attempt: int = 1, within_s: float = WITHIN_S) -> Json:
         """Until a step was reported, by this attempt or a later one."""
 
         def reached(job: Json) -> bool:
@@ -102,7 +113,7 @@ class Cluster:
         return pid
 
     def kill_in_phase(
-        self, ref: str, rank: int, phase: Phase, *, after_step: int, within_s: float = 60.0
+        self, ref: str, rank: int, phase: Phase, *, after_step: int, within_s: float = WITHIN_S
     ) -> int:
         """Kill -9 while the rank's beacon says that it is in `phase`; returns the step it had completed."""
         pid = int(self.ranks(ref)[rank]["pid"])

@@ -56,7 +56,7 @@ def test_the_controller_is_killed_under_training(start: Start, undisturbed: Curv
     before = {rank: told["pid"] for rank, told in cluster.ranks(job).items()}
     cluster.kill_controller()
     cluster.start()
-    cluster.wait_step(job, 12)
+    cluster.wait(job, lambda _: len(cluster.ranks(job)) == 4)
     assert {rank: told["pid"] for rank, told in cluster.ranks(job).items()} == before
     told = cluster.wait_state(job, "succeeded")
     assert told["attempt"]["number"] == 1

@@ -9,12 +9,14 @@ from keepstep.control.loop import Controller
 from keepstep.control.picture import draw
 from keepstep.core.ids import JobId
 from keepstep.core.job import JobSpec, LlamaRun
+from keepstep.core.layout import Layout
 from keepstep.core.states import JobState
 from keepstep.decide.decide import decide
 from keepstep.decide.plan import Place
 from keepstep.decide.view import JobView, View
 from keepstep.spec import from_dict
 from keepstep.store.rows import AttemptRow, Job
+from keepstep.wire import messages as wire
 
 
 async def describe_job(control: Controller, job: Job, *, whole: bool = False) -> dict[str, Any]:
@@ -107,32 +109,35 @@ async def ranks_of(control: Controller, job: Job) -> list[dict[str, Any]]:
         return []
     row = await control.on_store(control.store.attempt, job.id, job.attempt)
     layout = layout_of(row)
-    told: list[dict[str, Any]] = []
-    for member, heard, current in control.fleet.parts(job.id, job.attempt):
-        since = control.time.age(heard.at)
-        for rank in heard.status.ranks:
-            told.append(
-                {
-                    "rank": rank.rank,
-                    "role": str(layout.coordinates(rank.rank)),
-                    "node": member.name,
-                    "local_rank": rank.local_rank,
-                    "pid": rank.pid,
-                    "state": rank.state,
-                    "exit_code": rank.exit_code,
-                    "signal": rank.signal,
-                    "step": rank.step,
-                    "phase": rank.phase,
-                    "phase_age_s": None if rank.phase_age_s is None else rank.phase_age_s + since,
-                    "micro_batch": rank.micro_batch,
-                    "error": rank.error,
-                    "current": current,
-                    "warm": heard.status.warm,
-                    "cold_reason": heard.status.cold_reason,
-                    "last_lines": rank.last_lines,
-                }
-            )
+    told = [
+        _rank(rank, layout, heard.status, control.time.age(heard.at))
+        | {"node": member.name, "current": current}
+        for member, heard, current in control.fleet.parts(job.id, job.attempt)
+        for rank in heard.status.ranks
+    ]
     return sorted(told, key=lambda rank: int(rank["rank"]))
+
+
+def _rank(
+    rank: wire.RankStatus, layout: Layout, status: wire.AttemptStatus, since_s: float
+) -> dict[str, Any]:
+    return {
+        "rank": rank.rank,
+        "role": str(layout.coordinates(rank.rank)),
+        "local_rank": rank.local_rank,
+        "pid": rank.pid,
+        "state": rank.state,
+        "exit_code": rank.exit_code,
+        "signal": rank.signal,
+        "step": rank.step,
+        "phase": rank.phase,
+        "phase_age_s": None if rank.phase_age_s is None else rank.phase_age_s + since_s,
+        "micro_batch": rank.micro_batch,
+        "error": rank.error,
+        "last_lines": rank.last_lines,
+        "warm": status.warm,
+        "cold_reason": status.cold_reason,
+    }
 
 
 def preview(control: Controller, spec: JobSpec) -> dict[str, Any]:

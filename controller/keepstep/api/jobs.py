@@ -9,7 +9,6 @@ from keepstep.api.auth import Control, Submitter, Viewer
 from keepstep.api.describe import attempt_of, describe_job, preview, ranks_of
 from keepstep.control import requests
 from keepstep.control.ledgers import job_ledger
-
 from keepstep.core.ids import Node
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])

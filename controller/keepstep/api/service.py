@@ -118,8 +118,7 @@ async def revoke(control: Control, who: Admin, ref: str) -> dict[str, Any]:
 async def put_bundle(request: Request, who: Submitter, sha256: str) -> dict[str, Any]:
     """Take code in, under the hash of its content. Taking the same twice is one bundle."""
     target = _bundle(request, sha256)
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent)
+    handle, name = await asyncio.to_thread(_temporary, target.parent)
     digest, size = hashlib.sha256(), 0
     try:
         with os.fdopen(handle, "wb") as file:
@@ -131,10 +130,16 @@ async def put_bundle(request: Request, who: Submitter, sha256: str) -> dict[str,
             os.fsync(file.fileno())
         if digest.hexdigest() != sha256:
             raise InputError("the bundle's content does not have the hash it was sent under", where=sha256)
-        Path(name).replace(target)
+        await asyncio.to_thread(name.replace, target)
     finally:
-        Path(name).unlink(missing_ok=True)
+        await asyncio.to_thread(name.unlink, missing_ok=True)
     return {"sha256": sha256, "bytes": size}
+
+
+def _temporary(folder: Path) -> tuple[int, Path]:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder)
+    return handle, Path(name)
 
 
 @router.head("/bundles/{sha256}", include_in_schema=False)

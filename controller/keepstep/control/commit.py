@@ -27,7 +27,6 @@ from keepstep.decide.view import JobView
 from keepstep.store import Writer
 from keepstep.store.rows import NewEvent
 
-
 REQUEUE = "requeue"  # the reason of a suspension that ends by itself
 
 

@@ -1,4 +1,4 @@
-"""What each node should run, made from the book. A pure function of levels: sending it twice changes nothing."""
+"""What each node should run, from the book: a pure function of levels. Sending it twice changes nothing."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -26,6 +26,9 @@ def desired(member: Member, entries: Mapping[JobId, Entry], term: Term, policy: 
     for entry in entries.values():
         row = entry.present
         if row is None:
+            ended = entry.ended()
+            if ended and member.name in {*ended.nodes, *ended.spares} and entry.job.wanted == "run":
+                warm.append(wire.Warm(job=entry.job.id, run=run_of(entry.spec)))  # until the next attempt
             continue
         if member.name in row.nodes:
             if row.state in _LIVE:

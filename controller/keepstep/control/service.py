@@ -1,4 +1,4 @@
-"""The controller as a process: store, term, pools, cycle and HTTP, brought up in this order and down in reverse.
+"""The controller as a process: store, term, pools, cycle and HTTP, brought up in order, down in reverse.
 
 It listens on loopback by default, announces itself in controller.json when it answers, and ends when it is
 asked to, when its term is taken over, or after a while in which it had neither jobs nor clients.

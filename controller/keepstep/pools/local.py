@@ -1,9 +1,9 @@
-"""Several nodes on this machine, each a real agent process with its slots, so that losing one is a real event.
+"""Several nodes on this machine, each a real agent with its slots, so that losing one is a real event.
 
-The agents outlive the controller: they are started in sessions of their own and found again by the note that
-the pool leaves in each node's folder. An agent that died while ranks of its node live is started again at once
-(they are its to adopt); a node of which nothing lives is lost, and comes back after `return_after_s`, as a
-machine would after a reboot.
+The agents outlive the controller: they are started in sessions of their own and found again by the note
+that the pool leaves in each node's folder. An agent that died while ranks of its node live is started again
+at once (they are its to adopt); a node of which nothing lives is lost, and comes back after
+`return_after_s`, as a machine would after a reboot.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ class LocalPool:
             return
         for agent in self._agents.values():
             if agent.alive:
-                os.kill(agent.pid, signal.SIGTERM)
+                os.kill(agent.pid, signal.SIGINT)  # ranks and standby servers end with it
         deadline = self.clock.monotonic() + _LEAVE_WITHIN_S
         while any(agent.alive for agent in self._agents.values()):
             if self.clock.monotonic() > deadline:
