@@ -31,7 +31,7 @@ def controller(
     ] = "",
 ) -> None:
     """Run the controller in the foreground until SIGTERM; `keepstep up` runs it in the background."""
-    from keepstep.control.service import Settings, serve
+    from keepstep.api.process import Settings, serve
     from keepstep.core.home import Home, find_home
 
     where = Home(path=Path(home).absolute()) if home else find_home()
