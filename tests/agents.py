@@ -27,7 +27,7 @@ class Controller:
     """One WebSocket server. It acknowledges what it hears unless told otherwise, and decides nothing."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.endpoint = folder / "controller.json"
         self.term = 3
         self.lease_s = 30.0
@@ -208,12 +208,12 @@ class Agent:
 
 @asynccontextmanager
 async def controlled(
-    folder: Path, *options: str, start: bool = True
+    folder: Path, *options: str, start: bool = True, node: str = "a"
 ) -> AsyncIterator[tuple[Controller, Agent]]:
     """A controller and a registered agent; afterwards nothing of either is left."""
     controller = Controller(folder)
     await controller.open()
-    agent = Agent(folder / "a", controller.endpoint, *options)
+    agent = Agent(folder / f"agent-{node}", controller.endpoint, *options, node=node)
     try:
         if start:
             agent.start()
