@@ -13,6 +13,7 @@ import pickle
 import select
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -35,6 +36,8 @@ def run(
     An exception on any rank fails the test with that rank's traceback. With `may_die`, None stands for a rank
     that was killed. Ranks left at the deadline are killed and fail the test.
     """
+    # What another thread of Python holds would stay locked in a fork. OpenBLAS sees to its own.
+    assert threading.active_count() == 1, threading.enumerate()
     with tempfile.TemporaryDirectory() as folder:
         pipes: dict[int, int] = {}
         pids: list[int] = []

@@ -6,7 +6,6 @@ data was used. The seal is a digest of the manifest itself, so a flipped byte in
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ import xxhash
 
 from keepstep.core import durable
 from keepstep.core.checkpoints import MANIFEST, Point, point_of
+from keepstep.core.clock import SystemClock
 from keepstep.core.errors import InputError, KeepstepError
 from keepstep.core.ids import Attempt, Step
 
@@ -53,7 +53,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Commit: from the moment of the rename the checkpoint is complete."""
-        value = {"format": FORMAT, **asdict(self), "written_at": time.time()}
+        value = {"format": FORMAT, **asdict(self), "written_at": SystemClock().wall()}
         durable.write_json(folder / MANIFEST, value | {"seal": _seal(value)})
 
     @classmethod

@@ -195,7 +195,7 @@ class Saver:
         """The thread's outermost boundary: whatever ends a save is raised by the next one, or by close."""
         try:
             self._outcome = self._write(save)
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that trains
+        except BaseException as error:  # noqa: BLE001 - outermost; handed on
             self._failed = error
             return
         if self._outcome.committed:
