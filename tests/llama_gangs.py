@@ -6,14 +6,15 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.pipelining
 
+import keepstep.llama.preload  # noqa: F401
 from keepstep.core.checkpoints import Point
 from keepstep.core.ids import Attempt, Step
 from keepstep.llama import parallel
@@ -105,16 +106,17 @@ def whole_program(request: dict[str, Any]) -> dict[str, Any]:
     if rank == request.get("term_rank"):
         step = Trainer.step
 
-        def told_to_stop(trainer: Trainer, *args: Any) -> Update:
+        def told_to_stop(trainer: Trainer, asks: Sequence[bool] = ()) -> Update:
             if trainer.state.step == request["term_step"]:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(trainer, *args)
+            return step(trainer, asks)
 
-        Trainer.step = told_to_stop  # type: ignore[assignment,method-assign]
-    out, errors = io.StringIO(), io.StringIO()
+        Trainer.step = told_to_stop  # type: ignore[assignment]
+    out, errors, before = io.StringIO(), io.StringIO(), set(sys.modules)
     with redirect_stdout(out), redirect_stderr(errors):
         code = main_of_trainer()
-    return {"code": code, "out": out.getvalue(), "errors": errors.getvalue()}
+    imported = sorted(set(sys.modules) - before)
+    return {"code": code, "out": out.getvalue(), "errors": errors.getvalue(), "imported": imported}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

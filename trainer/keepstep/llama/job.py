@@ -142,9 +142,9 @@ def _point(value: Mapping[str, Any] | None) -> Point | None:
 
 
 def _branches(value: Mapping[str, Any]) -> Iterator[Branch]:
-    """lineage: [attempt, parent attempt or null, parent step or null] of each ancestor."""
+    """lineage: [attempt, parent attempt, parent step] of each ancestor; parent 0: none."""
     for attempt, parent, step in value.get("lineage") or ():
-        start = None if parent is None else Point(step=Step(step), attempt=Attempt(parent))
+        start = Point(step=Step(step), attempt=Attempt(parent)) if parent else None
         yield Branch(job=JobId(value["job"]), attempt=Attempt(attempt), parent=start)
 
 

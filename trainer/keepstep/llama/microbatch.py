@@ -27,7 +27,7 @@ class Sequences:
         return cls(*(torch.from_numpy(part) for part in batch))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class MicroBatch:
     """One forward and backward pass. `scale` is 1 / valid tokens of the global batch."""
 
@@ -38,6 +38,10 @@ class MicroBatch:
     sin: Tensor
     spans: tuple[int, ...]  # lengths of the documents, end to end
     mask: Any = None  # a flex_attention BlockMask on CUDA
+
+    def __repr__(self) -> str:
+        """Short: pipeline schedules put it into their error messages."""
+        return f"MicroBatch({len(self.tokens)} tokens, {len(self.spans)} documents)"
 
 
 class Rotation:

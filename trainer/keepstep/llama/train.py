@@ -87,6 +87,10 @@ def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None) -> None:
             raise InputError("there is no checkpoint folder to restore from", where="checkpoint.dir")
         manifest = load(job.checkpoint.folder, job.restore, state, model=job.shape, group=group)
         corpus.check(manifest.data)
+    elif job.init_from is not None:
+        from keepstep.llama.weights import init_from
+
+        init_from(Path(job.init_from), state, job.shape, group=group)
     else:
         initialise(state, job.shape, job.seed)
     trainer.optimizer.publish()
