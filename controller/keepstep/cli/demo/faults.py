@@ -70,12 +70,10 @@ def lose_node(folder: Path, *, within_s: float = 10.0) -> None:
 
 
 def of_node(folder: Path) -> list[Process]:
-    """Every living process of a local node: those started for its folder, and those that carry its markers."""
+    """Every living process of a local node: what was started for its folder, and what carries its markers."""
     table = processes.table()
     name = os.fsencode(folder)
-    pids = {
-        pid for pid in table if name in _command_line(pid).split(b"\0") or name + b"/" in _command_line(pid)
-    }
+    pids = {pid for pid in table if _speaks_of(name, _command_line(pid))}
     for path in folder.glob("jobs/*/*"):
         if path.name.isdigit():
             pids.update(marker.marked(f"{path.parent.name}/{path.name}/{folder.name}", table))

@@ -73,9 +73,8 @@ class Stage:
 
     def keep(self) -> None:
         """Stay up until Ctrl-C."""
-        print(
-            f"\nstays up until Ctrl-C; look at it with\n  export KEEPSTEP_HOME={self.home.path}\n  keepstep top"
-        )
+        print("\nstays up until Ctrl-C; look at it from another terminal:")
+        print(f"  KEEPSTEP_HOME={self.home.path} keepstep top")
         sys.stdout.flush()
         with suppress(KeyboardInterrupt):
             signal.pause()
