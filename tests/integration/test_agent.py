@@ -138,6 +138,22 @@ def test_a_stop_gives_grace_and_a_sharper_one_takes_it_back(tmp_path: Path) -> N
     asyncio.run(play())
 
 
+def test_a_stop_while_it_prepares_leaves_nothing(tmp_path: Path) -> None:
+    run = {"ship": "bundle", "bundle": "0" * 64, "secrets": {"S": {"source": "env", "name": "HOME"}}}
+
+    async def play() -> None:
+        async with controlled(tmp_path) as (controller, agent):
+            await controller.want(launch_of(tmp_path / "work", WAITING, run=run))
+            await until(lambda: "files" in getattr(controller.attempt(), "reason", ""))
+            await controller.want(stops=(wire.Stop(job=JOB, attempt=1, reason="cancelled"),))
+            dead = await controller.phase("dead")
+            assert (dead.reason, {rank.state for rank in dead.ranks}) == ("cancelled", {"waiting"})
+            assert not (agent.folder / "jobs" / JOB / "1" / "launch.json").exists()
+            assert "orphans" not in controller.kinds()
+
+    asyncio.run(play())
+
+
 def test_what_a_node_cannot_do_is_refused_with_a_reason(tmp_path: Path) -> None:
     async def play() -> None:
         async with controlled(tmp_path) as (controller, _):

@@ -71,9 +71,7 @@ def test_the_tail_goes_over_files(tmp_path: Path, count: int) -> None:
 
 
 def test_evidence_is_bounded_whatever_a_rank_wrote(tmp_path: Path) -> None:
-    (tmp_path / "rank-1.log").write_text(
-        "x" * 100_000 + "\n" + "y" * 5000 + "\nValueError: the last line\n\n"
-    )
+    (tmp_path / "rank-1.log").write_text("x" * 100_000 + "\n" + "y" * 5000 + "\nValueError: the end\n\n")
     found = collect(tmp_path, 1)
     assert found.error == "ValueError: the end"
     assert len(found.last_lines) <= 20 and all(len(line) <= 300 for line in found.last_lines)

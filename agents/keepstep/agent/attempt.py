@@ -17,7 +17,7 @@ from keepstep.agent import preparation, report, shimlink
 from keepstep.agent.alone import Solitude
 from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
-from keepstep.agent.rank.protocol import RankState, ShimStatus
+from keepstep.agent.rank.protocol import IDENTITY, LAUNCH, RankState, ShimStatus
 from keepstep.agent.surroundings import Surroundings
 from keepstep.core import durable
 from keepstep.core.errors import KeepstepError, TimedOut
@@ -27,6 +27,7 @@ _log = logging.getLogger("keepstep.agent")
 _CONFIRM_TIMEOUT_S = 120.0
 _ADOPT_TIMEOUT_S = 10.0
 _FAREWELL_S = 10.0  # of a shim whose connection has ended
+_AGAIN_S = 5.0  # a shim that did not answer is told again
 _RETRY_S = 5.0  # of what could not be killed
 
 
@@ -168,7 +169,7 @@ class Attempt:
                 self._poke.clear()
                 await self._act(shim)
                 poked = asyncio.create_task(self._poke.wait())
-                await asyncio.wait({poked, follow}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({poked, follow}, timeout=_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
                 poked.cancel()
             follow.result()
             try:
@@ -255,11 +256,14 @@ class Attempt:
         if self.shim is not None:
             self.look(points=True)
         self._evidence.clear()  # by now the logs are whole
-        self._take_states(ending.ranks or report.lost(self.launch.ranks))
-        if ending.shim_died:
+        begun = (self.directory / IDENTITY).exists()
+        reason = self._reason or ending.reason if begun else "it was given up before anything was started"
+        if begun:
+            self._take_states(ending.ranks or report.lost(self.launch.ranks))
+        if ending.shim_died and begun:
             text = f"the shim was killed; {ending.swept} processes of the attempt were ended after it"
             self._tell("orphans", text)
-        self._close("dead", self._reason or ending.reason)
+        self._close("dead", self._stop[0] if self._stop else reason)
 
     async def _give_up(self, reason: str) -> None:
         """Nothing can be started or followed any more: make sure that nothing is left, and say why."""
@@ -285,6 +289,7 @@ class Attempt:
         self.outcome = outcome
         try:
             if self.directory.is_dir():
+                (self.directory / LAUNCH).unlink(missing_ok=True)  # with secrets, if no shim came to read it
                 durable.write(self.directory / "outcome.json", msgspec.json.encode(outcome))
         except OSError as error:
             _log.warning("%s cannot be written: %s", self.directory / "outcome.json", error)

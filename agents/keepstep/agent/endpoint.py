@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from keepstep.agent.settings import AgentSettings
-from keepstep.core.errors import InputError, Unauthorized, Unreachable
+from keepstep.core.errors import InputError, KeepstepError, NotFound, Unauthorized, Unreachable
 
 JOIN_PREFIX = "ks_join_"  # what the controller begins such tokens with
 _ANSWER_BYTES_MAX = 1 << 20
@@ -83,7 +83,7 @@ def read_credential(path: Path) -> str | None:
 
 
 def download(endpoint: Endpoint, path: str, target: Path, *, bytes_max: int, timeout_s: float) -> None:
-    """A file of the controller's. Blocking. Errors: Unauthorized, Unreachable."""
+    """A file of the controller's. Blocking. Errors: NotFound, Unauthorized, Unreachable."""
     with _request(endpoint, path, None, timeout_s) as answer, target.open("wb") as file:
         left = bytes_max
         while block := answer.read(1 << 20):
@@ -110,7 +110,9 @@ def _request(endpoint: Endpoint, path: str, body: bytes | None, timeout_s: float
     except urllib.error.HTTPError as error:
         with error:
             said = error.read(2000).decode(errors="replace")
-        kind = Unauthorized if error.code in _OUR_FAULT else Unreachable
+        kind: type[KeepstepError] = Unauthorized if error.code in _OUR_FAULT else Unreachable
+        if error.code == 404:
+            kind = NotFound
         raise kind(f"{path} was answered with {error.code}", where=endpoint.url, why=said) from error
     except OSError as error:
         raise Unreachable("the controller does not answer", where=endpoint.url, why=str(error)) from error

@@ -67,13 +67,16 @@ class Launches:
     # ---------------------------------------------------------------- orders
 
     def apply(self, desired: Desired) -> None:
-        for stop in desired.stops:
-            self._stop(stop)
+        self.end(desired.stops)
         for launch in desired.launches:
             self._launch(launch)
         for job, number in desired.forget:
             self._forget((job, number))
         self._keep_warm(desired.warm)
+
+    def end(self, stops: Iterable[Stop]) -> None:
+        for stop in stops:
+            self._stop(stop)
 
     def _launch(self, launch: Launch) -> None:
         key = launch.job, launch.attempt

@@ -69,7 +69,8 @@ class Agent:
         chance = clock.system_random()
         self._instance = ids.short(chance, 12)
         self._gpus = settings.gpus if settings.gpus is not None else host.find_gpus()
-        count = settings.slots if settings.slots is not None else len(self._gpus) or host.cpu_count()
+        most = len(self._gpus) or settings.slots or host.cpu_count()
+        count = most if settings.slots is None else min(most, settings.slots)
         self._slots = Slots(count if settings.runs_ranks else 0, self._gpus)
         self._spool = Spool(folder.events, clock=self._clock, boot=self._boot, bytes_max=settings.spool_bytes)
         node = Node(
@@ -207,9 +208,9 @@ class Agent:
         if not self._settings.runs_ranks:
             return
         if self._leaving:
-            # What is ordered now is the next agent's; ends are still welcome.
-            desired = wire.Desired(term=desired.term, instance=desired.instance, stops=desired.stops)
-        self._launches.apply(desired)
+            self._launches.end(desired.stops)  # what else is ordered now is the next agent's
+        else:
+            self._launches.apply(desired)
 
     def _answer(self, query: wire.Query) -> Awaitable[wire.Answer]:
         return queries.answer(query, self._launches, self._clock)
