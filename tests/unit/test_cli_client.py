@@ -87,8 +87,8 @@ def test_names_are_quoted_and_the_token_is_sent() -> None:
 
 def test_empty_values_are_left_out_and_lists_are_repeated() -> None:
     with serving({"/jobs": (200, {"jobs": []})}) as (client, server):
-        client.get("/jobs", state=["running", "queued"], name="", after=None, all=True, limit=5)
-    assert server.asked[0][1] == "/api/v1/jobs?state=running&state=queued&all=1&limit=5"
+        client.get("/jobs", state=["running", "queued"], name="", after=None, all=True, limit=5, tail=0)
+    assert server.asked[0][1] == "/api/v1/jobs?state=running&state=queued&all=1&limit=5&tail=0"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from keepstep.cli.demo.figures import Figures, curve_of, max_difference
+from keepstep.cli.demo.figures import Comparison, Figures, compare, curve_of
 from keepstep.cli.run import command_of, env_of, name_of, nproc_of
 from keepstep.cli.tails import Tails
 from keepstep.core.errors import InputError
@@ -125,24 +126,30 @@ def test_a_second_attempts_log_follows(tmp_path: Path) -> None:
 
 
 def test_two_curves() -> None:
-    points = [
+    points: list[dict[str, Any]] = [
         {"step": 1, "attempt": 1, "loss": 3.0},
         {"step": 2, "attempt": 2, "loss": 2.5},
         {"step": 2, "attempt": 1, "loss": 9.0},
+        {"step": 2, "attempt": 3, "loss": None},
     ]
     assert curve_of(points) == {1: 3.0, 2: 2.5}
-    assert max_difference({1: 3.0, 2: 2.5}, {1: 3.0, 2: 2.25}) == 0.25
-    assert max_difference({1: 3.0}, {1: 3.0, 2: 2.25}) is None
-    assert max_difference({}, {}) is None
-    assert max_difference(curve_of([{"step": 1, "attempt": 1, "loss": None}]), {1: 3.0}) is None
+    assert compare({1: 3.0, 2: 2.5}, {1: 3.0, 2: 2.25}, steps=2) == Comparison(max_abs=0.25, missing=())
+    assert compare({2: 2.25}, {1: 3.0, 2: 2.25}, steps=2) == Comparison(max_abs=0.0, missing=(1,))
+    assert compare({1: 3.0}, {1: 3.0, 2: 2.25}, steps=2) == Comparison(max_abs=None, missing=(2,))
+    assert compare({}, {}, steps=1) == Comparison(max_abs=None, missing=(1,))
 
 
 @pytest.mark.parametrize(
-    ("recovered", "difference", "good"), [(3, 0.0, True), (2, 0.0, False), (3, 1e-9, False), (3, None, False)]
-)
-def test_when_a_demo_is_good(recovered: int, difference: float | None, good: bool) -> None:
+    ("recovered", "difference", "missing", "good"),
+    [(3, 0.0, (), True), (2, 0.0, (), False), (3, 1e-9, (), False), (3, None, (80,), False),
+     (3, 0.0, (30,), True), (3, 0.0, (1, 2, 3, 4), False)],
+)  # fmt: skip
+def test_when_a_demo_is_good(
+    *, recovered: int, difference: float | None, missing: tuple[int, ...], good: bool
+) -> None:
     figures = Figures(
-        injected=3, recovered=recovered, loss_max_abs_difference=difference, goodput=0.9, steps=80,
-        steps_replayed=9, wall_s=60.0, ranks_pss_max_bytes=1,
+        injected=3, recovered=recovered, loss=Comparison(max_abs=difference, missing=missing), goodput=0.9,
+        steps=80, steps_replayed=9, wall_s=60.0, ranks_pss_max_bytes=1,
     )  # fmt: skip
     assert figures.good is good
+    assert figures.to_dict()["loss_max_abs_difference"] == difference

@@ -193,6 +193,7 @@ def test_a_failed_job_says_where_to_look() -> None:
     assert error.exit_code == 7
     assert "failed with exit code 3: rank 1 exited with 3" in str(error)
     assert "--first-error" in str(error)
+    assert "can no longer be suspended" in str(failed({**JOB, "state": "succeeded"}, "suspended"))
 
 
 def test_every_state_can_be_waited_for() -> None:

@@ -151,7 +151,7 @@ class Client:
         content: str = _JSON,
         endless: bool = False,
     ) -> Iterator[http.client.HTTPResponse]:
-        chosen = {key: _text(value) for key, value in query.items() if value not in (None, "", False, [])}
+        chosen = {key: _text(value) for key, value in query.items() if not _unset(value)}
         target = f"{urlsplit(self.url).path.rstrip('/')}/api/v1{path}"
         if chosen:
             target += "?" + urlencode(chosen, doseq=True)
@@ -193,6 +193,10 @@ class Client:
 def ref(name: str) -> str:
     """A job, node or incident as part of a path."""
     return quote(name, safe="")
+
+
+def _unset(value: Any) -> bool:
+    return value is None or value is False or value in ("", [])  # but not 0, which means something
 
 
 def _text(value: Any) -> str | list[str]:

@@ -109,7 +109,7 @@ def summary(job: Json) -> list[tuple[str, str]]:
     restarts = job.get("restarts") or {}
     speed = [
         f"{units.count(progress['tokens_per_s'])} tokens/s" if progress.get("tokens_per_s") else "",
-        f"{units.figure(progress['tflops'], 2)} TFLOP/s a slot" if progress.get("tflops") else "",
+        f"{progress['tflops']:.3g} TFLOP/s a slot" if progress.get("tflops") else "",
         f"MFU {100 * progress['mfu']:.1f} %" if progress.get("mfu") else "",
     ]
     step = f"step {step_of(job)}" if step_of(job) != "-" else ""

@@ -19,6 +19,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 _COLOURS = (36, 33, 35, 32, 34, 96, 93, 95)  # of the prefixes, by rank
 _RECONNECT_S = 30.0
+_ERROR_LINES = 50
 _FINAL = frozenset(str(state) for state in JOB.final)
 
 
@@ -58,7 +59,9 @@ def logs(
         "since_s": duration_s(since, "--since") if since else "",
         "tail": tail if tail >= 0 else "", "grep": grep, "first_error": first_error, "follow": follow,
     }  # fmt: skip
-    several = found.get("world_size", 1) > 1 and len(ranks_of(rank)) != 1
+    if first_error:
+        query = _of_culprit(client, str(found["id"]), query)
+    several = found.get("world_size", 1) > 1 and len(ranks_of(str(query["rank"]))) != 1
     _print_lines(client, str(found["id"]), query, Lines(several=several, json=output == "json"))
 
 
@@ -86,6 +89,22 @@ class Lines:
     def _prefix(self, rank: int) -> str:
         prefix = f"[rank {rank}]"
         return f"\x1b[{_COLOURS[rank % len(_COLOURS)]}m{prefix}\x1b[0m" if self._colour else prefix
+
+
+def _of_culprit(client: Client, job: str, query: Json) -> Json:
+    """The question for the last lines of the rank that the newest incident blames; stderr names it."""
+    incidents = client.get(f"/jobs/{ref(job)}/incidents")["incidents"]
+    attempt = query["attempt"]
+    blamed = [one for one in incidents if one["culprit"].get("rank") is not None]
+    newest = next((one for one in blamed if attempt in ("", one["attempt"])), None)
+    if newest is None:
+        return query
+    print(f"keepstep: incident {newest['id']}: {newest['evidence'].get('what')}", file=sys.stderr)
+    lines = query["tail"] if query["tail"] != "" else _ERROR_LINES
+    return {
+        **query, "first_error": False, "rank": newest["culprit"]["rank"], "attempt": newest["attempt"],
+        "tail": lines,
+    }  # fmt: skip
 
 
 def ranks_of(text: str) -> list[int]:

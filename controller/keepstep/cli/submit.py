@@ -65,7 +65,7 @@ def submit(
         )
         return
     job = client.post("/jobs", body)
-    print(f"{job['id']}: {checked.summary}", file=sys.stderr)
+    print(f"submitted {checked.summary}", file=sys.stderr)
     if wait:
         print(job["id"], file=sys.stderr)
         job = waiting.wait_for(client, job["id"], "finished", within_s=within_s)

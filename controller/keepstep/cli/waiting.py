@@ -93,10 +93,13 @@ def wait_for(
 
 
 def failed(job: Json, goal: str = "succeeded") -> JobFailed:
+    """The error for a job that has ended and can no longer come where it was wanted."""
+    if job["state"] == "succeeded":
+        return JobFailed(f"{job['id']} has succeeded, so it can no longer be {goal}")
     code = "" if job.get("exit_code") is None else f" with exit code {job['exit_code']}"
     return JobFailed(
         f"{job['id']} {job['state']}{code}",
-        why=str(job.get("reason") or "") or f"it can no longer be {goal}",
+        why=str(job.get("reason") or ""),
         next=f"`keepstep logs {job['id']} --first-error` shows where it began.",
     )
 
@@ -113,5 +116,7 @@ def _reached(client: Client, job: Json, goal: str, after: int) -> bool:
             over = all(incident["state"] in ("recovered", "closed") for incident in incidents)
             recovered = any(i["state"] == "recovered" and i["id"] > after for i in incidents)
             return over and recovered and state in ("running", "succeeded")
+        case "running":
+            return state in ("running", "succeeded")  # it may be so fast that nobody saw it run
         case _:
             return bool(state == goal)

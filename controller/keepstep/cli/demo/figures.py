@@ -5,12 +5,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_MISSING_MAX = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two loss curves, step by step."""
+
+    max_abs: float | None  # over the steps that both have; None: there are none, or not the last one
+    missing: tuple[int, ...]  # steps that one of them has no loss for
+
+    @property
+    def equal(self) -> bool:
+        """Bitwise, the last step included. The record of a step may be lost with a node; few may be."""
+        return self.max_abs == 0.0 and len(self.missing) <= _MISSING_MAX
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     injected: int
     recovered: int
-    loss_max_abs_difference: float | None  # None: the curves do not even have the same steps
+    loss: Comparison
     goodput: float
     steps: int
     steps_replayed: int
@@ -19,29 +34,38 @@ class Figures:
 
     @property
     def good(self) -> bool:
-        return self.recovered == self.injected and self.loss_max_abs_difference == 0.0
+        return self.recovered == self.injected and self.loss.equal
 
     @property
     def verdict(self) -> str:
         if self.recovered != self.injected:
             return f"only {self.recovered} of {self.injected} faults were recovered from"
-        if self.loss_max_abs_difference is None:
-            return "the loss curves do not have the same steps"
-        return f"the loss curve differs from an undisturbed run's by {self.loss_max_abs_difference:g}"
+        if self.loss.max_abs:
+            return f"the loss curve differs from an undisturbed run's by {self.loss.max_abs:g}"
+        return f"the loss curves cannot be compared: steps {list(self.loss.missing)} are missing"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As the JSON line has them."""
+        figures = asdict(self)
+        del figures["loss"]
+        return {
+            **figures,
+            "loss_max_abs_difference": self.loss.max_abs,
+            "loss_steps_missing": len(self.loss.missing),
+        }
 
 
 def curve_of(points: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """Loss by step: of the newest attempt that completed the step. A loss that is no number is nan."""
-    newest = sorted(points, key=lambda point: (point["step"], point["attempt"]))
-    return {point["step"]: math.nan if point["loss"] is None else point["loss"] for point in newest}
+    """Loss by step: of the newest attempt that completed the step and knows its loss."""
+    known = [point for point in points if point["loss"] is not None and math.isfinite(point["loss"])]
+    return {point["step"]: point["loss"] for point in sorted(known, key=lambda p: (p["step"], p["attempt"]))}
 
 
-def max_difference(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
-    """None where the two cannot be compared: other steps, or a loss that is no number."""
-    if not one or set(one) != set(other):
-        return None
-    most = max(abs(one[step] - other[step]) for step in one)
-    return None if any(math.isnan(abs(one[step] - other[step])) for step in one) else most
+def compare(one: Mapping[int, float], other: Mapping[int, float], *, steps: int) -> Comparison:
+    """Over steps 1 ... `steps`."""
+    wanted = range(1, steps + 1)
+    missing = tuple(step for step in wanted if step not in one or step not in other)
+    if steps in missing:
+        return Comparison(max_abs=None, missing=missing)
+    most = max(abs(one[step] - other[step]) for step in wanted if step not in missing)
+    return Comparison(max_abs=most, missing=missing)

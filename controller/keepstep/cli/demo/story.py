@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from keepstep.cli import units
 from keepstep.cli.client import Json, ref
 from keepstep.cli.demo.faults import kill_in_phase, lose_node, pss_bytes
-from keepstep.cli.demo.figures import Figures, curve_of, max_difference
+from keepstep.cli.demo.figures import Comparison, Figures, compare, curve_of
 from keepstep.cli.demo.stage import NODES, SLOTS, Stage
 from keepstep.cli.goodput import one_line
 from keepstep.core.beacon import Phase
@@ -120,8 +120,9 @@ def tell(stage: Stage, *, steps: int) -> Figures:
     say(f"✓ {steps} steps done; now the same job once more, undisturbed")
     reference = _submit(stage, steps, "undisturbed")
     reference.until(lambda: reference.told["state"] == "succeeded", "finished", within_s=_STEP_WITHIN_S)
-    difference = max_difference(curve_of(stage.points(disturbed.job)), curve_of(stage.points(reference.job)))
-    _say_difference(difference, steps)
+    curves = [curve_of(stage.points(watched.job)) for watched in (disturbed, reference)]
+    comparison = compare(*curves, steps=steps)
+    _say_comparison(comparison, steps)
     standby_s = ledger["buckets"].get("standby", 0.0) / SLOTS
     spare = f"   (eight slots; spares stood by for {standby_s:.1f} s)" if standby_s else ""
     say(one_line(ledger, 8) + spare)
@@ -129,7 +130,7 @@ def tell(stage: Stage, *, steps: int) -> Figures:
     return Figures(
         injected=len(faults),
         recovered=recovered,
-        loss_max_abs_difference=difference,
+        loss=comparison,
         goodput=round(float(ledger["goodput"] or 0.0), 4),
         steps=steps,
         steps_replayed=replayed,
@@ -223,10 +224,16 @@ def _moment(name: str, after_s: float | None, text: str) -> None:
     say(f"    {name:<9} {shown:<9} {text}")
 
 
-def _say_difference(difference: float | None, steps: int) -> None:
-    if difference is None:
-        say("✗ the two loss curves do not have the same steps")
-    elif difference == 0.0:
-        say(f"✓ {steps} steps; loss curve equal to an undisturbed run's (max difference {difference})")
+def _say_comparison(found: Comparison, steps: int) -> None:
+    compared = steps - len(found.missing)
+    lost = f"; the record of step {', '.join(map(str, found.missing))} is lost" if found.missing else ""
+    if found.equal:
+        say(
+            f"✓ {compared} steps; loss curve equal to an undisturbed run's (max difference {found.max_abs}){lost}"
+        )
+    elif found.max_abs is None:
+        say(f"✗ the two loss curves cannot be compared{lost}")
     else:
-        say(f"✗ {steps} steps; loss curve differs from an undisturbed run's by up to {difference:g}")
+        say(
+            f"✗ {compared} steps; loss curve differs from an undisturbed run's by up to {found.max_abs:g}{lost}"
+        )
