@@ -28,7 +28,7 @@ class Cluster:
     def __init__(self, home: Path, *, nodes: int, slots: int, **options: Any) -> None:
         self.home = Home(path=home)
         self.options = service.Options(nodes=nodes, slots=slots, **options)
-        self._shm = set(os.listdir("/dev/shm"))
+        self._shm = _shm_files()
         self.running = self.start()
         self.until(lambda: len(self.connected()) == nodes, f"{nodes} nodes to register")
 
@@ -162,7 +162,7 @@ class Cluster:
                     _kill(pid)
                 raise AssertionError(f"left behind: {left}")
             time.sleep(0.1)
-        files = set(os.listdir("/dev/shm")) - self._shm
+        files = _shm_files() - self._shm
         assert not files, f"left in /dev/shm: {files}"
 
     def left_behind(self) -> dict[int, str]:
@@ -186,7 +186,7 @@ class Cluster:
 def beacon_of(pid: int) -> Iterator[BeaconReader]:
     """A rank's beacon, found through its open descriptors."""
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:keepstep-beacon" in os.readlink(entry):
+        if "memfd:keepstep-beacon" in str(entry.readlink()):
             descriptor = os.open(entry, os.O_RDONLY)
             try:
                 reader = BeaconReader.of_descriptor(descriptor)
@@ -198,8 +198,16 @@ def beacon_of(pid: int) -> Iterator[BeaconReader]:
     raise AssertionError(f"process {pid} has no beacon")
 
 
+def _shm_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
 def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+    return [
+        int(path.name)
+        for path in Path("/proc").iterdir()
+        if path.name.isdigit() and int(path.name) != os.getpid()
+    ]
 
 
 def _cmdline(pid: int) -> bytes:

@@ -1,7 +1,7 @@
 """Hosts that share nothing but a disk: network namespaces with two networks, as a data centre has them.
 
-`management` carries agents and controller, `training` carries ranks. A host is cut off a network by taking its
-port off the bridge: its packets vanish, no connection is reset, as with a dead switch. Needs root and
+`management` carries agents and controller, `training` carries ranks. A host is cut off a network by taking
+its port off the bridge: its packets vanish and no connection is reset, as with a dead switch. Needs root and
 iproute2; everything is named by this process and removed at the end, also what a killed run left.
 """
 

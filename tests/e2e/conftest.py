@@ -1,9 +1,10 @@
-"""Clusters for tests that act as a user would: a real controller, real agents, real ranks that are really killed."""
+"""Clusters for tests that act as a user would: real controllers and agents, ranks really killed."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from cluster import Cluster
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "namespaces work")]
@@ -35,7 +36,7 @@ class Site:
     def start(self) -> None:
         address = self.hosts.address("ctl", "management")
         self._spawn("ctl", "controller", "--home", str(self.home), "--nodes", "0", "--host", address)
-        self.until(lambda: (self.home / "controller.json").exists(), "the controller to answer")
+        self.until((self.home / "controller.json").exists, "the controller to answer")
         url = json.loads((self.home / "controller.json").read_text())["url"]
         token = self.keepstep("token", "create", "join", "--join", "-o", "json")["secret"]
         for name in AGENTS:

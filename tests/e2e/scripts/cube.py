@@ -1,4 +1,4 @@
-"""A user's own 2 x 2 x 2 script: plain torch, its own groups, its own checkpoint; two lines tell keepstep its steps.
+"""A user's own 2 x 2 x 2 script: plain torch, its own groups and checkpoint; two lines tell its steps.
 
 Each of the eight ranks holds a vector; a step sums along tensor, pipeline and data groups in turn, so that no
 rank can step without all the others.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from keepstep import session
 
 steps, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -20,11 +21,12 @@ progress = session.current()
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 tp, pp, dp = rank % 2, rank // 2 % 2, rank // 4
-groups = []
+groups: list[dist.ProcessGroup] = []
 for axis in (1, 2, 4):
     for first in (r for r in range(8) if not r & axis):
         group = dist.new_group([first, first | axis])
         if rank in (first, first | axis):
+            assert isinstance(group, dist.ProcessGroup)
             groups.append(group)
 
 start, value = 0, torch.full((1000,), float(rank + 1), dtype=torch.float64)

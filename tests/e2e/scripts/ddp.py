@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ rank = dist.get_rank()
 model = DistributedDataParallel(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1)))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 start = 0
-if os.path.exists(options.checkpoint):
+if Path(options.checkpoint).exists():
     saved = torch.load(options.checkpoint)
     model.load_state_dict(saved["model"])
     start = saved["step"]
@@ -37,10 +38,10 @@ for step in range(start + 1, options.steps + 1):
     if step % 5 == 0:
         if rank == 0:
             torch.save({"model": model.state_dict(), "step": step}, options.checkpoint + ".tmp")
-            os.replace(options.checkpoint + ".tmp", options.checkpoint)
+            Path(options.checkpoint + ".tmp").replace(options.checkpoint)
         dist.barrier()
 
-total = sum(p.detach().double().sum() for p in model.parameters())
+total = torch.stack([p.detach().double().sum() for p in model.parameters()]).sum()
 if rank == 0:
     print(f"started at {start}, done at {options.steps}, weights {total.item():.12f}", flush=True)
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Leaves a process behind that has its own session, no parent and no environment, and tries to commit late."""
+"""Leaves a process behind that has its own session and no parent, and tries to commit late."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ if attempt == 1:
         os.kill(os.getpid(), 9)
     time.sleep(600)
 pid = (folder / "writer.pid").read_text()
-alive = os.path.exists(f"/proc/{pid}")
+alive = Path(f"/proc/{pid}").exists()
 before = (folder / "beat").read_text()
 time.sleep(0.2)
 wrote = (folder / "beat").read_text() != before
