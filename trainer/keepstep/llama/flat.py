@@ -108,7 +108,7 @@ class FlatState:
         # One replica in fp32 computes with the master weights themselves: nothing to copy after an update.
         self.shared = index.dp == 1 and dtype == torch.float32
         self.weights = self.master if self.shared else torch.zeros(index.length, device=device, dtype=dtype)
-        self.grads = torch.zeros(index.length, device=device, dtype=dtype)
+        self.grads = torch.zeros(index.length, device=device)  # fp32: sums of many micro-batches
 
     def weight(self, *names: str) -> Tensor:
         return self._view(self.weights, names)

@@ -8,6 +8,7 @@ Activations are [tokens, dim] with the sequences of a micro-batch end to end. wq
 flat buffer, so they are one matrix here; so are w1 and w3.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -164,12 +165,16 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, documents: int) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+@functools.cache
+def _compiled() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    compiled = torch.compile(flex_attention, dynamic=False)
-    out = compiled(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+    out: Tensor = _compiled()(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
     return out.squeeze(0).transpose(0, 1)
 
 

@@ -1,0 +1,166 @@
+"""Shapes, flat buffers, initial weights and the update rule, in one process."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from keepstep.core.errors import InputError
+from keepstep.core.layout import Layout
+from keepstep.llama.flat import FlatIndex, FlatState, stage_layers
+from keepstep.llama.initial import initialise
+from keepstep.llama.optimizer import OptimizerConfig, ShardedAdamW
+from keepstep.llama.parallel import Groups
+from keepstep.llama.shape import ModelShape
+
+SMALL = ModelShape(layers=5, dim=32, ffn_dim=48, heads=4, kv_heads=2, vocabulary=36, max_seq=64)
+CPU = torch.device("cpu")
+
+
+def llama(layers: int, dim: int, ffn_dim: int, heads: int) -> ModelShape:
+    return ModelShape(
+        layers=layers, dim=dim, ffn_dim=ffn_dim, heads=heads, kv_heads=8, vocabulary=128_256, max_seq=131_072
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters", "flops_8k", "flops_128k"),
+    [
+        (llama(32, 4_096, 14_336, 32), 8.030e9, 5.79e10, 2.51e11),
+        (llama(80, 8_192, 28_672, 64), 70.554e9, 4.81e11, 1.45e12),
+        (llama(126, 16_384, 53_248, 128), 405.853e9, 2.62e12, 5.67e12),
+    ],
+)
+def test_sizes_and_costs_are_those_of_the_paper(
+    shape: ModelShape, parameters: float, flops_8k: float, flops_128k: float
+) -> None:
+    assert shape.parameters() == pytest.approx(parameters, rel=1e-4)
+    assert shape.flops_per_token(8_192) == pytest.approx(flops_8k, rel=4e-3)
+    assert shape.flops_per_token(131_072) == pytest.approx(flops_128k, rel=4e-3)
+
+
+def test_every_layer_has_one_stage() -> None:
+    for layers in range(1, 20):
+        for pp in range(1, layers + 1):
+            stages = [stage_layers(layers, pp, stage) for stage in range(pp)]
+            assert [layer for stage in stages for layer in stage] == list(range(layers))
+            assert max(map(len, stages)) - min(map(len, stages)) <= 1
+
+
+def whole_model(layout: Layout, replicas: int = 0) -> dict[str, Tensor]:
+    """The parameters, put together from the master weights of all ranks."""
+    found: dict[str, Tensor] = {}
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        index = FlatIndex.of(SMALL, layout, at, replicas=replicas)
+        state = FlatState(index, at.dp, device=CPU, dtype=torch.float32)
+        initialise(state, SMALL, seed=11)
+        owned = index.owned(at.dp)
+        for parameter in index.parameters:
+            whole = found.setdefault(parameter.name, torch.full(parameter.global_shape, math.nan))
+            local = torch.full((parameter.numel,), math.nan)
+            start, stop = max(owned.start, parameter.offset), min(owned.stop, parameter.span.stop)
+            if start >= stop:
+                continue
+            part = state.master[start - owned.start : stop - owned.start]
+            local[start - parameter.offset : stop - parameter.offset] = part
+            view = whole
+            if parameter.tp_dim is not None:
+                size = parameter.shape[parameter.tp_dim]
+                view = whole.narrow(parameter.tp_dim, parameter.tp_offset, size)
+            view.copy_(torch.where(local.isnan(), view.reshape(-1), local).view(parameter.shape))
+    return found
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, pp=2, tp=2), Layout(dp=3), Layout(pp=5, tp=2), Layout(dp=8)])
+def test_every_layout_begins_with_the_same_weights_each_owned_once(layout: Layout) -> None:
+    one, cut = whole_model(Layout()), whole_model(layout)
+    assert one.keys() == cut.keys() == {name for name, _ in SMALL.sizes()}
+    for name, weight in one.items():
+        assert torch.equal(weight, cut[name]), name
+
+
+def test_other_seeds_begin_elsewhere() -> None:
+    def weights(seed: int) -> Tensor:
+        index = FlatIndex.of(SMALL, Layout(), Layout().coordinates(0))
+        state = FlatState(index, 0, device=CPU, dtype=torch.float32)
+        initialise(state, SMALL, seed=seed)
+        return state.master
+
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_a_gang_that_shrinks_cuts_the_same_vector() -> None:
+    layouts = [Layout(dp=dp, tp=2) for dp in (1, 2, 3, 6)]
+    indices = [FlatIndex.of(SMALL, layout, layout.coordinates(0), replicas=6) for layout in layouts]
+    assert len({(index.length, index.matrices, index.parameters) for index in indices}) == 1
+    for index in indices:
+        assert [k for dp in range(index.dp) for k in index.owned(dp)] == list(range(index.length))
+        assert index.shard % 64 == 0
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for layout, replicas, what in (
+        (Layout(tp=4), 1, "2 KV heads"),
+        (Layout(pp=6), 1, "5 layers"),
+        (Layout(cp=2), 1, "context parallel"),
+        (Layout(dp=2), 3, "the 3 that were asked for"),
+    ):
+        with pytest.raises(InputError, match=what):
+            FlatIndex.of(SMALL, layout, layout.coordinates(0), replicas=replicas)
+    with pytest.raises(InputError, match="do not divide 4 heads"):
+        FlatIndex.of(replace(SMALL, kv_heads=3), Layout(), Layout().coordinates(0))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_an_update_is_that_of_torch(clip: float) -> None:
+    """AdamW with decay on matrices only, after clipping to the global norm."""
+    config = OptimizerConfig(lr=1e-2, clip=clip, weight_decay=0.3)
+    index = FlatIndex.of(SMALL, Layout(), Layout().coordinates(0))
+    state = FlatState(index, 0, device=CPU, dtype=torch.float32)
+    initialise(state, SMALL, seed=2)
+    ours = ShardedAdamW(state, Groups(layout=Layout(), rank=0), config)
+    theirs = {p.name: state.weight(p.name).clone().requires_grad_() for p in index.parameters}
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in theirs.values() if p.dim() == dim], "weight_decay": decay}
+            for dim, decay in ((2, 0.3), (1, 0.0))
+        ],
+        lr=1e-2, betas=(config.beta1, config.beta2), eps=config.eps,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        state.grads[: index.used] = torch.randn(index.used, generator=generator) * 0.01
+        for name, parameter in theirs.items():
+            parameter.grad = state.grad(name).clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.values(), clip or math.inf)
+        reference.step()
+        update = ours.update(torch.ones(1), lr=1e-2)
+        assert update.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(state.weight(name), parameter.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_is_told() -> None:
+    index = FlatIndex.of(SMALL, Layout(), Layout().coordinates(0))
+    state = FlatState(index, 0, device=CPU, dtype=torch.float32)
+    initialise(state, SMALL, seed=2)
+    before = state.state.clone()
+    state.grads[5] = math.nan
+    update = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig()).update(
+        torch.ones(1), lr=1.0
+    )
+    assert math.isnan(update.grad_norm)
+    assert torch.equal(state.state, before)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [config.lr_at(step, 104) for step in range(104)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[54] == pytest.approx(0.55)
+    assert config.lr_at(104, 104) == pytest.approx(0.1)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
