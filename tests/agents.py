@@ -32,6 +32,8 @@ class Controller:
         self.term = 3
         self.lease_s = 30.0
         self.acknowledging = True
+        self.holding = False  # bundles are asked for and do not come
+        self.state_every_s = 0.2
         self.refusal: wire.Refusal | None = None
         self.registers: list[wire.Register] = []
         self.states: list[wire.State] = []
@@ -61,7 +63,10 @@ class Controller:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return connection.respond(HTTPStatus.FORBIDDEN, "no\n")
         if request.path.startswith("/api/v1/bundles/"):
-            content = self.bundles[request.path.rpartition("/")[2]]
+            content = self.bundles.get(request.path.rpartition("/")[2])
+            if content is None:
+                status = HTTPStatus.SERVICE_UNAVAILABLE if self.holding else HTTPStatus.NOT_FOUND
+                return connection.respond(status, "no\n")
             response = connection.respond(HTTPStatus.OK, "")
             del response.headers["Content-Length"]
             response.headers["Content-Length"] = str(len(content))
@@ -86,8 +91,8 @@ class Controller:
                 self.states.append(message.state)
                 self._connection = connection
                 welcome = wire.Welcome(
-                    protocol=1, version="test", term=self.term, state_every_s=0.2, lease_s=self.lease_s,
-                    acknowledged_event=self.acknowledged_event,
+                    protocol=1, version="test", term=self.term, state_every_s=self.state_every_s,
+                    lease_s=self.lease_s, acknowledged_event=self.acknowledged_event,
                 )  # fmt: skip
                 await connection.send(wire.encode(welcome))
             case wire.State():

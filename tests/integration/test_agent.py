@@ -143,6 +143,7 @@ def test_a_stop_while_it_prepares_leaves_nothing(tmp_path: Path) -> None:
 
     async def play() -> None:
         async with controlled(tmp_path) as (controller, agent):
+            controller.holding = True
             await controller.want(launch_of(tmp_path / "work", WAITING, run=run))
             await until(lambda: "files" in getattr(controller.attempt(), "reason", ""))
             await controller.want(stops=(wire.Stop(job=JOB, attempt=1, reason="cancelled"),))
@@ -168,12 +169,16 @@ def test_what_a_node_cannot_do_is_refused_with_a_reason(tmp_path: Path) -> None:
                     tmp_path / "work", WAITING, job="no-secret",
                     run={"secrets": {"KEY": {"source": "env", "name": "NOT_SET_HERE", "key": None}}},
                 ),
+                launch_of(
+                    tmp_path / "work", WAITING, job="no-bundle", run={"ship": "bundle", "bundle": "0" * 64}
+                ),
                 launch_of(tmp_path / "work", WAITING, job="no-sense", run={"kind": "dance"}),
                 launch_of(tmp_path / "work", WAITING, job="../../escape"),
             )  # fmt: skip
             for job, word in {
                 "no-script": "none.py", "no-command": "nosuchcommand", "no-folder": "/no/such/folder",
                 "no-user": "nobody-we-know", "no-secret": "NOT_SET_HERE", "no-sense": "dance",
+                "no-bundle": "404",
             }.items():  # fmt: skip
                 assert word in (await controller.phase("refused", job=job)).reason
             assert not (tmp_path / "escape").exists()

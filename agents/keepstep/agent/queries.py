@@ -40,9 +40,9 @@ async def answer(query: Query, launches: Launches, clock: Clock) -> Answer:
                 data = await asyncio.to_thread(_inventory, query.params)
             case _:
                 raise InputError(f"this agent does not know the question {query.kind!r}")
-    except (KeepstepError, OSError, ValueError, TypeError) as error:
+    except (KeepstepError, OSError, ValueError, TypeError, LookupError, re.error) as error:
         # Parameters come from outside, folders may be unreadable: both are the asker's to know.
-        return Answer(id=query.id, error=str(error) or repr(error))
+        return Answer(id=query.id, error=str(error) if isinstance(error, KeepstepError) else repr(error))
     return Answer(id=query.id, data=data)
 
 
