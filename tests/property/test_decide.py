@@ -160,7 +160,9 @@ def nothing_restored_off_the_chain(controller: Controller, view: View, plan: Pla
             assert change.restore is None
             continue
         last = world.gangs[job.id, Attempt(change.attempt - 1)]
-        listed = job.inventory.stored if job.inventory is not None else ()
+        assert job.inventory is not None
+        assert job.inventory.after_attempt == last.attempt, "it was listed before the last attempt was dead"
+        listed = job.inventory.stored
         contents = world.stored.get(job.id, {})
         on_chain = [one.step for one in listed if list(contents[one]) == last.path[: one.step]]
         at = change.restore
@@ -334,7 +336,10 @@ def test_nor_under_dense_faults(first: int) -> None:
 GANG = {"name": "job", "nodes": "2", "dp": "2", "steps": "150", "self_fence": "10", "orphan_lease": "30"}
 HARD = {
     # Its ranks on the silent node stepped until the others died, however long it was silent.
-    "silent for long, then a crash elsewhere": ({"script": "yes"}, [(20, "cut", 1, 70), (50, "crash", 0, 1)]),
+    "silent for long, then a crash elsewhere": (
+        {"script": "yes", "orphan_lease": "300"},
+        [(20, "cut", 1, 70), (50, "crash", 0, 1)],
+    ),
     "alone for less than its self-fence": ({"script": "yes"}, [(20, "split", 0, 40)]),
     "fenced, and still blocked": ({"script": "yes", "fenced": "yes"}, [(20, "split", 1, 40)]),
     "never seen to step": ({"script": "yes", "name": "blind"}, [(20, "split", 0, 40)]),
