@@ -61,7 +61,10 @@ def join(endpoint: Endpoint, node: str) -> str:
     """Exchange a join token for this node's credential. Blocking. Errors: Unauthorized, Unreachable."""
     body = json.dumps({"token": endpoint.token, "node": node}).encode()
     answer = _open(endpoint, "/api/v1/join", body=body)
-    credential = json.loads(answer).get("credential")
+    try:
+        credential = json.loads(answer)["credential"]
+    except (ValueError, KeyError, TypeError):
+        credential = None
     if not isinstance(credential, str) or not credential:
         raise Unreachable("the controller's answer to a join holds no credential", where=endpoint.url)
     return credential
