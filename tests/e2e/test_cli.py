@@ -20,7 +20,8 @@ WITHIN_S = 100.0
 
 EXITS = """
 import os, sys
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "in", os.getcwd(), os.environ["OF_THE_SHELL"])
+env = os.environ
+print("rank", env["RANK"], "of", env["WORLD_SIZE"], "in", os.getcwd(), env["OF_THE_SHELL"])
 sys.exit(int(sys.argv[1]) if os.environ["RANK"] == "1" else 0)
 """
 
@@ -48,7 +49,8 @@ def home(tmp_path: Path) -> Iterator[Home]:
 def environ(home: Home, tmp_path: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KEEPSTEP_")}
     return {
-        **clean, "KEEPSTEP_HOME": str(home.path), "XDG_CONFIG_HOME": str(tmp_path / "config"), "OF_THE_SHELL": "yes",
+        **clean, "KEEPSTEP_HOME": str(home.path), "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "OF_THE_SHELL": "yes",
     }  # fmt: skip
 
 

@@ -225,15 +225,13 @@ def _moment(name: str, after_s: float | None, text: str) -> None:
 
 
 def _say_comparison(found: Comparison, steps: int) -> None:
-    compared = steps - len(found.missing)
+    compared = f"{steps - len(found.missing)} steps"
     lost = f"; the record of step {', '.join(map(str, found.missing))} is lost" if found.missing else ""
     if found.equal:
-        say(
-            f"✓ {compared} steps; loss curve equal to an undisturbed run's (max difference {found.max_abs}){lost}"
-        )
+        equal = f"loss curve equal to an undisturbed run's (max difference {found.max_abs})"
+        say(f"✓ {compared}; {equal}{lost}")
     elif found.max_abs is None:
         say(f"✗ the two loss curves cannot be compared{lost}")
     else:
-        say(
-            f"✗ {compared} steps; loss curve differs from an undisturbed run's by up to {found.max_abs:g}{lost}"
-        )
+        differs = f"loss curve differs from an undisturbed run's by up to {found.max_abs:g}"
+        say(f"✗ {compared}; {differs}{lost}")
