@@ -1,7 +1,7 @@
 """Running the micro-batches of one replica: in turn where there is one stage, else 1F1B.
 
 1F1B (one forward, one backward; arXiv 2104.04473) is torch.distributed.pipelining's. It is imported only
-where there are several stages: the import costs seconds and 150 MB.
+where there are several stages: the import costs seconds.
 """
 
 from typing import Any, Protocol
