@@ -412,6 +412,8 @@ def _what(change: p.JobChange) -> str:
             spares = f", spares {' '.join(change.spares)}" if change.spares else ""
             start = f"PLACE attempt {change.attempt} ({change.rung}) on {' '.join(change.nodes)}{spares}"
             return f"{start}, dp {change.layout.dp}, {_at(change.restore)}"
+        case p.StandBy():
+            return f"STAND BY for attempt {change.attempt}: {' '.join(change.spares) or 'none'}"
         case p.Go():
             return f"GO attempt {change.attempt}"
         case p.Stepped():

@@ -425,6 +425,9 @@ class Controller:
         match change:
             case p.Place():
                 more |= self._placed(job, change)
+            case p.StandBy():
+                assert job.attempt is not None
+                more["attempt"] = replace(job.attempt, spares=change.spares)
             case p.Go():
                 more |= self._attempt(job, AttemptEvent.GO, went=True, master=change.master)
             case p.Stepped():

@@ -98,6 +98,9 @@ def commit(writer: Writer, entry: Entry, view: JobView, change: p.JobChange) -> 
     match change:
         case p.Place():
             _place(pen, change)
+        case p.StandBy():
+            writer.update_attempt(entry.job.id, change.attempt, spares=list(change.spares))
+            pen.tell("spares", spares=change.spares)
         case p.Go():
             master = {"address": change.master[0], "port": change.master[1]}
             pen.attempt(AttemptEvent.GO, master=master)

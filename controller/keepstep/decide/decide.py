@@ -14,7 +14,7 @@ from keepstep.core.states import AttemptState, JobState, NodeEvent, NodeState
 from keepstep.decide.budget import worn_out
 from keepstep.decide.death import death, fenced, orphan_lease_s
 from keepstep.decide.judge import Pending, judge
-from keepstep.decide.place import could_ever, layouts, listed, missing, place, survey
+from keepstep.decide.place import could_ever, layouts, listed, missing, place, stand_by, survey
 from keepstep.decide.plan import (
     Complete,
     Dead,
@@ -28,6 +28,7 @@ from keepstep.decide.plan import (
     Policy,
     Requeue,
     Rest,
+    StandBy,
     Stepped,
     Wait,
 )
@@ -82,6 +83,9 @@ class _Deciding:
         changed = {change.job for change in changes}
         growing = (self._grown(job) for job in served if job.id not in changed)
         changes += [change for change in growing if change is not None]
+        changed = {change.job for change in changes}
+        standing = (self._stood_by(job) for job in served if job.id not in changed)
+        changes += [change for change in standing if change is not None]
         return Plan(changes=tuple(changes), marks=marks(self.view, self.policy))
 
     def _job(self, job: JobView) -> JobChange | None:
@@ -232,6 +236,22 @@ class _Deciding:
         if job.state is not JobState.RUNNING or attempt is None or attempt.state is not AttemptState.RUNNING:
             return None
         return grow(job, attempt, self.view, self.held, self.policy)
+
+    def _stood_by(self, job: JobView) -> StandBy | None:
+        """After everybody who waits for nodes had their turn: spares that came, or went."""
+        attempt = job.attempt
+        if attempt is None or attempt.state is AttemptState.ENDING:
+            return None
+        there = survey(job, self.view.nodes, self.held, attempt.spares, worn_out(job, self.policy))
+        spares = stand_by(job, attempt, there)
+        if set(spares) == set(attempt.spares):
+            return None
+        self.held.update(dict.fromkeys(spares, job.id))
+        wanted = job.spec.resources.spares
+        gone = [name for name in attempt.spares if name not in spares]
+        reason = f"{len(spares)} of {wanted} spares standing by: {listed(spares) or 'none'}"
+        reason += f"; {listed(gone)} cannot be used any more" if gone else ""
+        return StandBy(job=job.id, attempt=attempt.number, spares=spares, reason=reason)
 
 
 def marks(view: View, policy: Policy) -> tuple[MarkNode, ...]:

@@ -19,7 +19,7 @@ from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
 from keepstep.core.states import NodeState
 from keepstep.decide.plan import Rejected
-from keepstep.decide.view import JobView, NodeView
+from keepstep.decide.view import AttemptView, JobView, NodeView
 
 Holders = Mapping[Node, JobId]
 
@@ -112,6 +112,14 @@ def place(job: JobView, there: Survey, layout: Layout) -> Placement | None:
     names = [node.name for node in there.free]
     spares = tuple(names[need : need + job.spec.resources.spares])
     return Placement(nodes=tuple(names[:need]), spares=spares, layout=layout)
+
+
+def stand_by(job: JobView, attempt: AttemptView, there: Survey) -> tuple[Node, ...]:
+    """Who should stand by for an attempt: those that do, as long as they can be used, then others."""
+    free = [node.name for node in there.free if node.name not in attempt.nodes]
+    kept = [name for name in attempt.spares if name in free]
+    more = [name for name in free if name not in kept]
+    return (*kept, *more)[: job.spec.resources.spares]
 
 
 def told(job: JobView, placement: Placement, nodes: Iterable[NodeView]) -> str:

@@ -55,6 +55,14 @@ class Place(Change):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StandBy(Change):
+    """Other spares for an attempt that runs: one came, or one is not usable any more."""
+
+    attempt: Attempt
+    spares: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Go(Change):
     """Every node is prepared: start the ranks."""
 
@@ -138,7 +146,7 @@ class MarkNode:
     reason: str
 
 
-JobChange = Place | Go | Stepped | End | Dead | Complete | Requeue | GiveUp | Rest | Wait | Collect
+JobChange = Place | StandBy | Go | Stepped | End | Dead | Complete | Requeue | GiveUp | Rest | Wait | Collect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

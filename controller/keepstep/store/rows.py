@@ -254,6 +254,7 @@ class JobChanges(TypedDict, total=False):
 
 class AttemptChanges(TypedDict, total=False):
     state: str
+    spares: Any
     reason: str
     restore: Any
     master: Any
