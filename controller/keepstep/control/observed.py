@@ -1,11 +1,12 @@
 """Time as a fair observer counts it.
 
-Whoever sleeps cannot blame others for having been quiet meanwhile: a tick that came late (a stopped process,
-a paused machine, a laptop lid) counts as one period of silence, no more. All ages that decisions see are
-differences of this clock.
+Whoever sleeps cannot blame others for having been quiet meanwhile (`keepstep.decide.silence`). All ages that
+decisions see are differences of this clock.
 """
 
 from dataclasses import dataclass
+
+from keepstep.decide.silence import counted_s
 
 
 @dataclass(slots=True)
@@ -19,7 +20,7 @@ class ObservedTime:
     def tick(self, monotonic_s: float) -> float:
         """Move on to `monotonic_s` of the observer's clock; returns the observed time."""
         if self._last is not None:
-            self.now += min(max(0.0, monotonic_s - self._last), self.period_s)
+            self.now += counted_s(monotonic_s - self._last, self.period_s)
         self._last = monotonic_s
         return self.now
 

@@ -4,7 +4,7 @@ A plan is never replayed onto a changed world: the store takes it together with 
 applying means reconciling agents towards that state as often as needed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.layout import Layout
@@ -161,7 +161,6 @@ class Policy:
 
     silent_after_s: float = 3.0  # without a word from an agent that should report each second
     silent_gang_bound_s: float = 15.0  # a silent node *and* no step of its gang for this long: end the rest
-    confirm_reset_s: float = 2.0  # a reset connection, failed reconnections for this long, its pool agrees
     prepare_within_s: float = 300.0  # the job's own bound holds where it is shorter
     start_within_s: float = 600.0  # from go to a rank's first sign of life; steps may take longer
     end_within_s: float = 60.0  # then the reason names what does not die
@@ -180,4 +179,3 @@ class Policy:
     in_place_max: int = 3  # fruitless failures that began on one node, before others are tried first
     lived_s: float = 600.0  # an attempt that shows no steps and lasted this long has made progress
     hold_after_s: float = 300.0  # a job that waited this long has nodes held for it against later ones
-    capacity: dict[str, float] = field(default_factory=dict)

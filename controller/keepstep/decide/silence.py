@@ -9,6 +9,12 @@ tick proves one period of silence and no more. Every age in a view is counted by
 from dataclasses import dataclass
 
 
+def counted_s(elapsed_s: float, period_s: float) -> float:
+    """What `elapsed_s` since an observer's last tick counts for, when that tick was due after `period_s`."""
+    assert period_s > 0, period_s
+    return min(max(elapsed_s, 0.0), period_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Silence:
     """Of one thing that should be heard of. A value: each tick and each word gives the next one."""
@@ -20,5 +26,4 @@ class Silence:
 
     def tick(self, elapsed_s: float, period_s: float) -> "Silence":
         """`elapsed_s` after the last tick by the observer's own clock; the tick was due after `period_s`."""
-        assert period_s > 0, period_s
-        return Silence(silence_s=self.silence_s + min(max(elapsed_s, 0.0), period_s))
+        return Silence(silence_s=self.silence_s + counted_s(elapsed_s, period_s))
