@@ -11,6 +11,7 @@ run:
     data: {source: stdlib}
     steps: 60
     batch: {global_tokens: 512, seq: 64}
+    optimizer: {lr: 0.001, min_lr: 0.001, warmup_steps: 5}  # the same at a step however many are asked for
 checkpoint: {dir: ./checkpoints, every: 5 steps}
 """
 

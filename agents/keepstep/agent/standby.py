@@ -24,7 +24,7 @@ from keepstep.core.errors import TimedOut, Unreachable
 
 # A question mark: may be missing. DDP, pipelining and optimizers' constructors load torch._dynamo anyway.
 DEFAULT_MODULES = ("torch", "torch.distributed", "torch._dynamo?", "numpy?")
-TRAINER_MODULES = (*DEFAULT_MODULES, "keepstep.llama.train?")
+TRAINER_MODULES = (*DEFAULT_MODULES, "keepstep.llama.preload?")
 
 _RANK_SIDE = Path(__file__).with_name("rank") / "__main__.py"
 _RETRY_S = 0.02

@@ -39,8 +39,13 @@ class AgentSession:
         self._outbox: deque[wire.Message] = deque()
         self._news = asyncio.Event()
         self._closing: str | None = None
+        self._sequence = self._event = 0  # acknowledged so far: the newest says all
 
     def send(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Acknowledge):
+            self._sequence = max(self._sequence, message.sequence)
+            self._event = max(self._event, message.event)
+            message = wire.Acknowledge(sequence=self._sequence, event=self._event)
         if isinstance(message, wire.Desired | wire.Acknowledge):
             self._outbox = deque(m for m in self._outbox if type(m) is not type(message))
         if len(self._outbox) >= _OUTBOX_MAX:

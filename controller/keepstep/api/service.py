@@ -66,7 +66,7 @@ async def stop(
     running = [entry.job.id for entry in control.book.entries.values() if entry.present is not None]
     if running and not force:
         raise Refused(
-            f"{len(running)} jobs are running",
+            "1 job is running" if len(running) == 1 else f"{len(running)} jobs are running",
             why=", ".join(sorted(running)[:5]),
             next="Cancel them first, or `keepstep down --force` ends them.",
         )

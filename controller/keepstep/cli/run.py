@@ -41,7 +41,7 @@ def run(
         str, typer.Option("--nnodes", help="1: this machine; `keepstep submit` takes more.")
     ] = "1",
     max_restarts: Annotated[
-        int, typer.Option(*_both("--max-restarts"), help="Starts again after failures of the script.")
+        int, typer.Option(*_both("--max-restarts"), help="Starts again after failures of the script itself; after kills it always does.")
     ] = 0,
     module: Annotated[
         bool, typer.Option("--module", "-m", help="SCRIPT is a module, as for python -m.")
@@ -87,9 +87,8 @@ def run(
         env=env_of(env or []),
         pool="run",
         overrides=[
+            # The script's own failures. What is killed from outside is started again in any case.
             f"recovery.restarts.max={max_restarts}",
-            # Whoever is to blame: without --max-restarts nothing is started again, as under torchrun.
-            f"recovery.no_progress_max={max_restarts + 1}",
             "run.stop.signal=INT",
             f"run.stop.grace={grace:g}s",
             f"run.warm={'auto' if warm else 'never'}",

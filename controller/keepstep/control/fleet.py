@@ -56,6 +56,8 @@ class Member:
     attempts: dict[tuple[str, int], Heard] = field(default_factory=dict)
     current: frozenset[tuple[str, int]] = frozenset()  # reported over the present connection
     sequence: int = 0
+    event: int = 0  # the newest that is stored, of the instance `events_of`
+    events_of: str = ""
     asked: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     desired: wire.Desired | None = None  # as it was last sent over this connection
 

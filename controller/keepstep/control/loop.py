@@ -177,25 +177,33 @@ class Controller:
         self._events.append((member, session, events))
         self.wake()
 
+    def _news(self, member: Member, events: wire.Events) -> list[wire.Event]:
+        """Without those that were stored already and only their acknowledgement was lost."""
+        assert member.register is not None
+        if member.events_of != member.register.instance:
+            member.events_of, member.event = member.register.instance, 0
+        return [event for event in events.events if event.number > member.event]
+
     async def _store_events(self) -> None:
         batch, self._events = self._events, []
         if not batch:
             return
         known = {str(job) for job in self.book.entries}
+        news = [(member, self._news(member, events)) for member, _, events in batch]
 
         def transaction() -> None:
             with self.store.transaction() as writer:
-                for member, _, events in batch:
-                    jobs = {event.job for event in events.events}
+                for member, events in news:
+                    jobs = {event.job for event in events}
                     finished = {job for job in jobs - known if _exists(writer, job)}
-                    intake.write_events(writer, member, events.events, known | finished)
+                    intake.write_events(writer, member, events, known | finished)
 
         async with self._writing:
             await self.on_store(transaction)
         for member, session, events in batch:
             if events.events:
-                number = max(event.number for event in events.events)
-                session.send(wire.Acknowledge(sequence=member.sequence, event=number))
+                member.event = max(member.event, *(event.number for event in events.events))
+                session.send(wire.Acknowledge(sequence=member.sequence, event=member.event))
         self.tell()
 
     async def _note_progress(self) -> None:
