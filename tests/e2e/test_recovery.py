@@ -71,7 +71,7 @@ def test_the_controller_is_killed_under_training(start: Start, undisturbed: Curv
 
 
 def test_the_controller_is_killed_in_any_state_of_it(start: Start, undisturbed: Curve) -> None:
-    """At whatever point of noticing, ending, deciding and starting it dies, the next one goes on from there."""
+    """At whatever point of noticing, ending, deciding or starting it dies, the next one goes on."""
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY)
     seen = set()

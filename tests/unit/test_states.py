@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from keepstep.core.states import ATTEMPT, CELL, INCIDENT, JOB, NODE, JobEvent, JobState
 from keepstep.core.states.table import Table, UnknownTransition
 

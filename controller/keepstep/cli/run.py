@@ -41,7 +41,8 @@ def run(
         str, typer.Option("--nnodes", help="1: this machine; `keepstep submit` takes more.")
     ] = "1",
     max_restarts: Annotated[
-        int, typer.Option(*_both("--max-restarts"), help="Starts again after failures of the script itself; after kills it always does.")
+        int,
+        typer.Option(*_both("--max-restarts"), help="After the script's own failures; after kills: always."),
     ] = 0,
     module: Annotated[
         bool, typer.Option("--module", "-m", help="SCRIPT is a module, as for python -m.")

@@ -81,7 +81,7 @@ def _exhausted(job: JobView, failures: list[Failure], in_vain: list[Failure], po
         charged = [one for one in failures if one.blame == "job" and one.age_s <= restarts.per_s]
         if len(charged) > restarts.max:
             return (
-                f"{count(len(charged), 'failure')} {'was' if len(charged) == 1 else 'were'} blamed on the job within {duration(restarts.per_s)}; "
+                f"{count(len(charged), 'failure')} blamed on the job within {duration(restarts.per_s)}; "
                 f"its budget is {count(restarts.max, 'restart')}."
             )
     most = min(policy.no_progress_max, job.spec.recovery.no_progress_max)

@@ -50,7 +50,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         _leave_word(str(error), traceback.format_exc())
         return error.exit_code
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - outermost
         traceback.print_exc()
         _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
         return 1

@@ -71,7 +71,7 @@ def _show(error: BaseException, ours: Callable[[str], bool]) -> int:
         sys.excepthook(type(error), error, trace)
     except SystemExit as leaving:
         return _code_of(leaving)
-    except BaseException as second:  # noqa: BLE001 - a script's own hook failed, as in the interpreter
+    except BaseException as second:  # noqa: BLE001 - outermost: a script's own hook failed
         inner = second.__traceback__.tb_next if second.__traceback__ else None
         second.__context__ = None
         with suppress(BaseException):
@@ -85,7 +85,7 @@ def _show(error: BaseException, ours: Callable[[str], bool]) -> int:
 def _guarded(step: Callable[[], object]) -> None:
     try:
         step()
-    except BaseException:  # noqa: BLE001 - Ctrl-C while joining threads: shown, and the end goes on
+    except BaseException:  # noqa: BLE001 - outermost: Ctrl-C while joining threads, shown; the end goes on
         with suppress(BaseException):
             traceback.print_exc()
 
@@ -97,7 +97,7 @@ def flush(*, told: bool = False) -> bool:
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
-        except BaseException as error:  # noqa: BLE001 - whatever a script has put there
+        except BaseException as error:  # noqa: BLE001 - outermost: whatever a script has put there
             whole = False
             if told and stream is sys.stdout:
                 with suppress(BaseException):
