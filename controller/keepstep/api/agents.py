@@ -138,13 +138,12 @@ async def _register(controller: Controller, socket: WebSocket, session: AgentSes
         )
 
     await controller.write(write)
-    member = controller.fleet.register(message, session)
+    member = controller.registered(message, session)
     session.send(
         wire.Welcome(
             protocol=wire.PROTOCOL, version=socket.app.state.service.version, term=controller.store.term
         )
     )
-    controller.wake()
     return member
 
 

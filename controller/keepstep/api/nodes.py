@@ -49,7 +49,7 @@ def _told(control: Controller, row: NodeRow) -> dict[str, Any]:
         live = {
             "state": member.state,
             "state_reason": member.state_reason or row.state_reason,
-            "connected": member.session is not None,
+            "connected": member.talks(control.time),
             "silence_s": round(control.time.age(member.heard_at), 1),
             "load": member.node.load,
             "memory_available_bytes": member.node.memory_available_bytes,

@@ -5,7 +5,7 @@ what it last reported stays, marked as no longer current.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,11 @@ from keepstep.core.ids import JobId, Node
 from keepstep.core.states import NODE, NodeEvent, NodeState
 from keepstep.store.rows import NodeRow
 from keepstep.wire import messages as wire
+
+
+QUIET_S = 3.0  # an agent reports each second; after this a connection is open in name only
+_FINISHED_KEPT = 100  # reports of one node, for those who look at a job after its end
+_HANG_UP_S = 30.0  # and after this it is closed: its agent comes back over another one
 
 
 class Session(Protocol):
@@ -60,6 +65,10 @@ class Member:
     events_of: str = ""
     asked: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     desired: wire.Desired | None = None  # as it was last sent over this connection
+
+    def talks(self, time: ObservedTime) -> bool:
+        """Its connection is open and has brought a word lately: a lost host never closes its connection."""
+        return self.session is not None and time.age(self.heard_at) < QUIET_S
 
     @property
     def labels(self) -> dict[str, str]:
@@ -131,12 +140,20 @@ class Fleet:
             member.current = frozenset()
             self._forget_questions(member, "its connection was lost")
 
-    def forget(self, job: str, before_attempt: int) -> None:
-        """Reports of attempts that are over are no longer needed."""
+    def hang_up(self) -> None:
+        """Close connections over which nothing came for long."""
         for member in self.members.values():
-            for key in [k for k in member.attempts if k[0] == job and k[1] < before_attempt]:
-                if key not in member.current:
-                    del member.attempts[key]
+            if member.session is not None and self.time.age(member.heard_at) >= _HANG_UP_S:
+                member.session.close(f"nothing was heard for {_HANG_UP_S:g} s")
+                self.close(member, member.session)
+
+    def forget(self, present: Mapping[str, int]) -> None:
+        """Drop reports of attempts that a newer one has followed; of finished jobs keep a bounded number."""
+        for member in self.members.values():
+            for job, attempt in list(member.attempts):
+                over = attempt < present[job] if job in present else len(member.attempts) > _FINISHED_KEPT
+                if over and (job, attempt) not in member.current:
+                    del member.attempts[job, attempt]
 
     def parts(self, job: str, attempt: int) -> Iterator[tuple[Member, Heard, bool]]:
         for member in self.members.values():

@@ -27,6 +27,17 @@ _SHOWN = {
 _TEXT_MAX = 500
 
 
+def resume(book: Book, fleet: Fleet, member: Member) -> None:
+    """Nobody could see a gang's steps while none of its nodes talked: its stillness counts from now."""
+    for job, number in member.current:
+        entry = book.entries.get(JobId(job))
+        if entry is None or entry.progress.attempt != number:
+            continue
+        others = [other for other, _, current in fleet.parts(job, number) if current and other is not member]
+        if not any(other.talks(fleet.time) for other in others):
+            entry.progress.moved_at = entry.progress.counted_at = fleet.time.now
+
+
 def follow(book: Book, fleet: Fleet, member: Member) -> bool:
     """Move the progress of attempts on with what one node has just reported. True at a first step."""
     woken = False

@@ -116,6 +116,7 @@ class Controller:
             self._beaten = monotonic
             await self.on_store(self.store.beat)
         await self._store_events()
+        self.fleet.hang_up()
         await self._ask_pools()
         for _ in range(_ROUNDS_MAX):
             view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
@@ -124,6 +125,7 @@ class Controller:
                 break
         await self._note_progress()
         self._apply()
+        self.fleet.forget({str(job): entry.job.attempt for job, entry in self.book.entries.items()})
 
     async def _take(self, plan: p.Plan, view: View) -> bool:
         """Write the plan down and ask its questions. True if a new view may bring more."""
@@ -167,6 +169,14 @@ class Controller:
                 member.session.send(wanted)
 
     # ------------------------------------------------------------ agents
+
+    def registered(self, register: wire.Register, session: Session) -> Member:
+        """An agent is there, or there again, with its present state."""
+        member = self.fleet.register(register, session)
+        intake.resume(self.book, self.fleet, member)
+        intake.follow(self.book, self.fleet, member)
+        self.wake()
+        return member
 
     def heard(self, member: Member, state: wire.State) -> None:
         changed = self.fleet.hear(member, state)
@@ -255,7 +265,7 @@ class Controller:
     async def _ask_pools(self) -> None:
         """Positive evidence of death comes from pools only; silence is none."""
         for member in self.fleet.members.values():
-            gone = member.session is None and member.state in {NodeState.READY, NodeState.SILENT}
+            gone = not member.talks(self.time) and member.state in {NodeState.READY, NodeState.SILENT}
             pool = self.pools.get(member.pool)
             if gone and pool is not None and not member.confirmed:
                 member.confirmed = await pool.confirm_dead(member.name)
@@ -265,7 +275,7 @@ class Controller:
 
     def _connected(self, node: Node) -> bool:
         member = self.fleet.members.get(node)
-        return member is not None and member.session is not None
+        return member is not None and member.talks(self.time)
 
 
 def _exists(writer: Writer, job: str) -> bool:

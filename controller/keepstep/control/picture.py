@@ -85,7 +85,7 @@ def _part(node: Node, row: AttemptRow, fleet: Fleet) -> PartView:
     return PartView(
         node=node,
         phase=_known(PartPhase, status.phase, PartPhase.UNKNOWN),
-        heard=member.session is not None and (row.job, row.number) in member.current,
+        heard=member.talks(fleet.time) and (row.job, row.number) in member.current,
         reason=status.reason,
         alive=status.alive,
         master=status.master,
@@ -134,7 +134,7 @@ def _lingering(member: Member, book: Book) -> frozenset[JobId]:
 
 
 def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
-    connected = member.session is not None
+    connected = member.talks(fleet.time)
     return NodeView(
         name=member.name,
         pool=member.pool,

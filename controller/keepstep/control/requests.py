@@ -92,7 +92,7 @@ async def mark_node(controller: Controller, name: str, verb: str, who: Principal
         known = ", ".join(sorted(controller.fleet.members)) or "none"
         raise NotFound(f"there is no node {name!r}", next=f"Known nodes: {known}.")
     if verb == "confirm-lost":
-        if member.session is not None:
+        if member.talks(controller.time):
             raise Refused(
                 f"node {name} is connected",
                 why="a node that talks is not lost",
