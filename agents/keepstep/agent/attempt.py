@@ -19,6 +19,7 @@ from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
 from keepstep.agent.rank.protocol import IDENTITY, LAUNCH, RankState, ShimStatus
 from keepstep.agent.surroundings import Surroundings
+from keepstep.agent.unfinished import let_finish
 from keepstep.core import durable
 from keepstep.core.errors import KeepstepError, TimedOut
 from keepstep.wire.messages import AttemptStatus, Launch
@@ -56,6 +57,7 @@ class Attempt:
         self._evidence: dict[int, Evidence] = {}
         self._stop: tuple[str, float] | None = None  # reason, grace
         self._told_grace_s: float | None = None
+        self._finish_s = 0.0  # for files that are just being written
         self._went = False
         self._stop_wanted, self._poke = asyncio.Event(), asyncio.Event()
 
@@ -80,8 +82,9 @@ class Attempt:
             self.launch = launch
             self._poke.set()
 
-    def stop(self, reason: str, grace_s: float) -> None:
+    def stop(self, reason: str, grace_s: float, finish_s: float = 0.0) -> None:
         """End it. A later, sharper order replaces an earlier one; a milder one changes nothing."""
+        self._finish_s = finish_s if self._stop is None else min(finish_s, self._finish_s)
         if self.outcome is None and (self._stop is None or grace_s < self._stop[1]):
             self._stop = reason, grace_s
             self._stop_wanted.set()
@@ -213,6 +216,8 @@ class Attempt:
             run = preparation.read_run(self.launch.run)
             self._take(await shim.end(run.stop.signal, grace_s=grace_s))
         else:
+            running = [state.pid for state in self._states if state.state == "running" and state.pid]
+            await let_finish(running, self._around.clock, within_s=self._finish_s)
             self._take(await shim.end("KILL"))
         self._told_grace_s = grace_s
 

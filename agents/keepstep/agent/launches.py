@@ -112,7 +112,7 @@ class Launches:
         key = stop.job, stop.attempt
         known = self.attempts.get(key)
         if known is not None:
-            known.stop(stop.reason, stop.grace_s)
+            known.stop(stop.reason, stop.grace_s, stop.finish_s)
             return
         try:
             directory = self.around.folder.attempt(*key)

@@ -11,6 +11,7 @@ from keepstep.core.job import JobSpec
 from keepstep.core.layout import local_ranks
 from keepstep.core.states import AttemptState
 from keepstep.decide.death import fenced, orphan_lease_s
+from keepstep.decide.decide import FINISH_S
 from keepstep.decide.plan import Policy
 from keepstep.spec import to_dict
 from keepstep.store.rows import AttemptRow
@@ -97,7 +98,14 @@ def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy) -> wi
 
 def _stop(entry: Entry, row: AttemptRow) -> wire.Stop:
     grace = entry.spec.run.stop.grace_s if entry.job.wanted != "run" else 0.0
-    return wire.Stop(job=entry.job.id, attempt=row.number, reason=row.reason, grace_s=grace)
+    torn = entry.job.wanted == "run" and not fenced(entry.spec)
+    return wire.Stop(
+        job=entry.job.id,
+        attempt=row.number,
+        reason=row.reason,
+        grace_s=grace,
+        finish_s=FINISH_S if torn else 0.0,
+    )
 
 
 def checkpoint_folder(spec: JobSpec, job: JobId) -> str:

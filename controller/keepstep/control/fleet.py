@@ -16,7 +16,6 @@ from keepstep.core.states import NODE, NodeEvent, NodeState
 from keepstep.store.rows import NodeRow
 from keepstep.wire import messages as wire
 
-
 QUIET_S = 3.0  # an agent reports each second; after this a connection is open in name only
 _FINISHED_KEPT = 100  # reports of one node, for those who look at a job after its end
 _HANG_UP_S = 30.0  # and after this it is closed: its agent comes back over another one

@@ -187,6 +187,7 @@ class Stop(Part, kw_only=True, frozen=True):
     attempt: int
     reason: str = ""
     grace_s: float = 0.0  # 0: kill; else first the spec's stop signal
+    finish_s: float = 0.0  # before a kill: for ranks that have a regular file open for writing
 
 
 class Warm(Part, kw_only=True, frozen=True):
