@@ -13,7 +13,8 @@ from keepstep.core.clock import SystemClock
 
 WRITER = """
 import os, sys
-held = [open(sys.argv[1], "w"), open("/dev/null", "w"), os.fdopen(os.memfd_create("page"), "wb"), open(sys.argv[2])]
+held = [open(sys.argv[1], "w"), open("/dev/null", "w"), open(sys.argv[2])]
+held.append(os.fdopen(os.memfd_create("page"), "wb"))
 print("open", flush=True)
 sys.stdin.readline()
 held[0].close()

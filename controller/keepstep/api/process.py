@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from keepstep.api.app import build
 from keepstep.api.service import Service
@@ -60,25 +61,62 @@ def serve(settings: Settings) -> int:
     clock = SystemClock()
     store = Store.open(settings.store_url or f"sqlite:///{settings.home.store_file}", clock=clock)
     try:
+        last_seen_at = store.lease().beat_at
         store.acquire(this_process())
         listener = _listen(settings)
-        return asyncio.run(_serve(settings, store, listener, clock))
+        controller = Controller(store, clock, Policy(), _pools(settings, clock), last_seen_at=last_seen_at)
+        return asyncio.run(_serve(settings, controller, listener))
     finally:
         store.close()
 
 
-async def _serve(settings: Settings, store: Store, listener: socket.socket, clock: Clock) -> int:
+async def _serve(settings: Settings, controller: Controller, listener: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
-    pools = _pools(settings, clock)
-    controller = Controller(store, clock, Policy(), pools)
     service = Service(
-        version=version("keepstep"), url=url, home=settings.home.path, clock=clock, stop=stopping.set
+        version=version("keepstep"),
+        url=url,
+        home=settings.home.path,
+        clock=controller.clock,
+        stop=stopping.set,
     )
     app = build(controller, service)
+    server = _server(app)
+    http = asyncio.create_task(_http(server, listener), name="http")
+    ends: list[asyncio.Future[Any]] = [
+        http,
+        asyncio.create_task(controller.run(), name="cycle"),
+        asyncio.create_task(stopping.wait()),
+    ]
+    if settings.idle_exit_s is not None:
+        ends.append(asyncio.create_task(_idle(controller, service, settings.idle_exit_s)))
+    _announce(settings.home, controller.store, url)
+    done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    code = _why(done)
+    if code == 0 and service.stop_agents:
+        await _cancel_all(controller)
+    app.state.streams.set()
+    controller.tell()
+    server.should_exit = True
+    if code == 0:
+        for pool in controller.pools.values():
+            await pool.close(stop=service.stop_agents or settings.idle_exit_s is not None)
+    for end in ends:
+        if end is not http:
+            end.cancel()
+    with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+        await asyncio.wait_for(http, 10)
+    await asyncio.gather(*ends, return_exceptions=True)
+    if code == 0:
+        controller.store.release()
+    withdraw(settings.home)
+    return code
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -92,42 +130,16 @@ async def _serve(settings: Settings, store: Store, listener: socket.socket, cloc
         )
     )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    return server
+
+
+def _announce(home: Home, store: Store, url: str) -> None:
+    """Say where the controller is, with this start's own token."""
     issued = store.tokens.issue(name="local", role="admin", replace=True)
     store.beat(url=url)
-    cycle = asyncio.create_task(controller.run(), name="cycle")
-    http = asyncio.create_task(_http(server, listener), name="http")
-    running = Running(
-        url=url,
-        pid=os.getpid(),
-        start_ticks=start_ticks(os.getpid()) or 0,
-        token=issued.secret,
-        term=store.term,
-    )
-    announce(settings.home, running)
+    ticks = start_ticks(os.getpid()) or 0
+    announce(home, Running(url=url, pid=os.getpid(), start_ticks=ticks, token=issued.secret, term=store.term))
     log.info("term %d, %s, store %s", store.term, url, store.name)
-    ends = [asyncio.create_task(stopping.wait()), cycle, http]
-    if settings.idle_exit_s is not None:
-        ends.append(asyncio.create_task(_idle(controller, service, settings.idle_exit_s)))
-    done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    code = _why(done)
-    if code == 0 and service.stop_agents:
-        await _cancel_all(controller)
-    app.state.streams.set()
-    controller.tell()
-    server.should_exit = True
-    if code == 0:
-        for pool in pools:
-            await pool.close(stop=service.stop_agents or settings.idle_exit_s is not None)
-    for task in ends:
-        if task is not http:
-            task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, TimeoutError):
-        await asyncio.wait_for(http, 10)
-    await asyncio.gather(*ends, return_exceptions=True)
-    if code == 0:
-        store.release()
-    withdraw(settings.home)
-    return code
 
 
 def _why(done: Iterable[asyncio.Future[Any]]) -> int:

@@ -42,8 +42,18 @@ T = TypeVar("T")
 class Controller:
     """Owns the fleet, the book and the cycle. Everything runs on one event loop but the store's calls."""
 
-    def __init__(self, store: Store, clock: Clock, policy: p.Policy, pools: Iterable[Pool] = ()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        policy: p.Policy,
+        pools: Iterable[Pool] = (),
+        *,
+        last_seen_at: float | None = None,
+    ) -> None:
+        """`last_seen_at`: when the controller before this one last moved its lease (wall time)."""
         self.store, self.clock, self.policy = store, clock, policy
+        self._last_seen_at = last_seen_at
         self.pools = {pool.name: pool for pool in pools}
         self.time = ObservedTime(TICK_S)
         self.fleet = Fleet(self.time)
@@ -93,6 +103,7 @@ class Controller:
         self._started = self.time.tick(self.clock.monotonic())
         self.fleet.load(await self.on_store(self.store.nodes))
         await self.on_store(self.book.load)
+        await self._note_absence()
         self.ready = True
         try:
             while True:
@@ -215,6 +226,27 @@ class Controller:
                 member.event = max(member.event, *(event.number for event in events.events))
                 session.send(wire.Acknowledge(sequence=member.sequence, event=member.event))
         self.tell()
+
+    async def _note_absence(self) -> None:
+        """Running jobs went on while no controller saw them: that time is unobserved."""
+        running = [entry for entry in self.book.entries.values() if entry.present is not None]
+        if self._last_seen_at is None or not running:
+            return
+        away_s = max(0.0, self.clock.wall() - self._last_seen_at)
+
+        def write(writer: Writer) -> None:
+            for entry in running:
+                writer.add_event(
+                    NewEvent(
+                        kind="unobserved",
+                        text=f"there was no controller for {away_s:.1f} s",
+                        job=entry.job.id,
+                        attempt=entry.job.attempt,
+                        data={"seconds": away_s},
+                    )
+                )
+
+        await self.write(write)
 
     async def _note_progress(self) -> None:
         """The moment at which an attempt has come past everything that was done before it."""

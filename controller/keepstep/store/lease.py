@@ -52,6 +52,7 @@ def read(connection: sa.Connection, *, to_write: bool = False) -> Lease:
         beat=row["beat"],
         holder=Holder(**row["holder"]) if row["holder"] else None,
         acquired_at=row["acquired_at"],
+        beat_at=row["beat_at"],
     )
 
 
@@ -114,9 +115,9 @@ def take_from_all(connection: sa.Connection) -> None:
     connection.execute(sa.update(tables.lease).where(_ROW).values(term=tables.lease.c.term + 1, holder=None))
 
 
-def beat(connection: sa.Connection, held: Lease, url: str | None) -> None:
+def beat(connection: sa.Connection, held: Lease, url: str | None, now: float) -> None:
     """Moves the counter of a lease that `check` has just found to be ours."""
-    values: dict[str, object] = {"beat": held.beat + 1}
+    values: dict[str, object] = {"beat": held.beat + 1, "beat_at": now}
     if url is not None and held.holder is not None:
         values["holder"] = asdict(held.holder) | {"url": url}
     connection.execute(sa.update(tables.lease).where(_ROW).values(values))

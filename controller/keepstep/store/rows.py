@@ -49,6 +49,7 @@ class Lease:
     beat: int  # moves while the holder lives
     holder: Holder | None  # None: released, or never held
     acquired_at: float
+    beat_at: float | None = None  # when the holder last moved it; for people and the ledger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ class Store(Reader):
     def beat(self, *, url: str | None = None) -> None:
         """Shows that the holder lives; to be called every second or two. Fenced when somebody took over."""
         with self._transaction() as (connection, held):
-            lease.beat(connection, held, url)
+            lease.beat(connection, held, url, self._clock.wall())
             self.tokens.write_last_use(connection)
 
     def release(self) -> None:

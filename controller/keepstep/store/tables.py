@@ -45,6 +45,7 @@ lease = sa.Table(
     Column("beat", Integer, nullable=False),
     Column("holder", JSON(none_as_null=True)),
     _time("acquired_at", always=True),
+    _time("beat_at"),
 )
 
 tokens = sa.Table(

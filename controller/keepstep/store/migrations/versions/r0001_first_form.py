@@ -64,6 +64,7 @@ def _lease() -> None:
         sa.Column("beat", sa.Integer(), nullable=False),
         sa.Column("holder", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("acquired_at", sa.Float(precision=53), nullable=False),
+        sa.Column("beat_at", sa.Float(precision=53), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_lease")),
     )
 
