@@ -55,6 +55,8 @@ class Static:
         self.cluster.until(lambda: len(self.cluster.connected()) == 2, "two agents to register")
 
     def bring_back(self, node: str) -> None:
+        if node in self._agents:
+            self._agents[node].wait(30)  # the one before was killed
         folder = self.cluster.home.nodes / node
         folder.mkdir(parents=True, exist_ok=True)
         command = [

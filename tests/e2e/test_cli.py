@@ -128,6 +128,7 @@ def test_run_gives_the_scripts_own_exit_code(home: Home, environ: dict[str, str]
 def test_run_of_a_program_that_a_signal_ends(home: Home, environ: dict[str, str], tmp_path: Path) -> None:
     ended = keepstep("run", "--no-python", "sh", "-c", "kill -9 $$", env=environ, cwd=tmp_path)
     assert ended.returncode == 137, ended.stderr
+    assert ended.stderr.count("SIGKILL") >= 3, "it was tried again, and given up"
 
 
 def started(environ: dict[str, str], folder: Path) -> tuple["subprocess.Popen[str]", int]:

@@ -10,6 +10,8 @@ import typer
 
 from keepstep.core.errors import InputError
 
+_FRUITLESS_MAX = 3  # attempts in a row that show no step and end within minutes
+
 app = typer.Typer(rich_markup_mode=None)
 
 # Accepted because torchrun does, and of no use here: one machine, a rendezvous of our own, logs kept anyway.
@@ -88,8 +90,9 @@ def run(
         env=env_of(env or []),
         pool="run",
         overrides=[
-            # The script's own failures. What is killed from outside is started again in any case.
+            # The script's own failures; kills from outside are recovered from, unless nothing comes of it.
             f"recovery.restarts.max={max_restarts}",
+            f"recovery.no_progress_max={max(_FRUITLESS_MAX, max_restarts + 1)}",
             "run.stop.signal=INT",
             f"run.stop.grace={grace:g}s",
             f"run.warm={'auto' if warm else 'never'}",

@@ -86,15 +86,20 @@ def hold(process: Process) -> int | None:
 
 
 def send(process: Process, *signals: int) -> bool:
-    """Signal this very process; False when it is gone or not ours to signal."""
+    """Signal this very process; False when it is gone or not ours to signal.
+
+    A process that the first of several signals has ended may be gone before the next one: it was signalled.
+    """
     held = hold(process)
     if held is None:
         return False
+    sent = False
     try:
         for number in signals:
             signal.pidfd_send_signal(held, number)
+            sent = True
     except (ProcessLookupError, PermissionError):
-        return False
+        return sent
     finally:
         os.close(held)
     return True
