@@ -36,7 +36,7 @@ def desired(member: Member, entries: Mapping[JobId, Entry], term: Term, policy: 
                 launches.append(_launch(entry, row, row.nodes.index(member.name), policy))
             else:
                 stops.append(_stop(entry, row))
-        elif member.name in row.spares and row.state in _LIVE:
+        elif member.name in row.spares:
             warm.append(wire.Warm(job=entry.job.id, run=run_of(entry.spec)))
     for job, attempt in sorted(member.attempts):
         known = entries.get(JobId(job))

@@ -109,7 +109,8 @@ def _crashed(attempt: AttemptView, nodes: Nodes, policy: Policy) -> Verdict | Pe
     step = f" after step {rank.step}" if rank.step >= 0 else ""
     error = f": {rank.error}" if rank.error else ""
     fell = f"; {count(others, 'peer')} fell over it" if others else ""
-    outside = rank.signal in _FROM_OUTSIDE
+    lost = rank.signal is None and rank.exit_code is None  # with its shim: nobody could see it end
+    outside = lost or rank.signal in _FROM_OUTSIDE
     return Verdict(
         kind="crashed",
         what=f"rank {rank.rank}{role} on {cause.part.node} died of {_how(rank)}{step}{error}{fell}",
