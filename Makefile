@@ -55,7 +55,7 @@ format: setup ## let ruff write what it can
 	$(BIN)/ruff format .
 
 bench: setup ## figures, each against a peer or a limit
-	$(PYTEST) -s tests/bench
+	@for bench in tests/bench/*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
 
 clean: ## everything that was made here
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
