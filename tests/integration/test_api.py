@@ -201,3 +201,31 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_events_are_streamed_as_they_happen_and_resumed_from_the_last(cluster: Cluster) -> None:
+    after = max((event["id"] for event in cluster.client.get("/events", limit=1000)["events"]), default=0)
+    stream = cluster.client.events(after=after)
+    job = cluster.submit(TINY)
+    told = next(event for event in stream if event.data["job"] == job)
+    assert told.kind == "submitted"
+    again = next(event for event in cluster.client.events(after=told.id - 1) if event.data["job"] == job)
+    assert again == told
+    cluster.client.post(f"/jobs/{job}/cancel")
+    assert next(event for event in stream if event.kind == "cancelled").data["job"] == job
+
+
+def test_what_prometheus_scrapes(cluster: Cluster) -> None:
+    job = cluster.submit(TINY)
+    cluster.wait(job, lambda told: "needs" in told["reason"])
+    status, text = request(cluster, "GET", "/metrics", Authorization="")
+    assert status == 200
+    assert b'keepstep_jobs{state="queued"} 1.0' in text
+    cluster.client.post(f"/jobs/{job}/cancel")
+    cluster.wait_state(job, "cancelled")
+
+
+def test_the_api_describes_itself(cluster: Cluster) -> None:
+    status, answer = request(cluster, "GET", "/api/openapi.json")
+    assert status == 200
+    assert {"/api/v1/jobs", "/api/v1/nodes", "/api/v1/incidents/{number}"} <= answer["paths"].keys()
