@@ -141,7 +141,7 @@ class Scene:
         self.up_s = float(flags[0])
 
     def on_node(self, flags: list[str], said: Words) -> None:
-        marks = {"away", "reset", "cordoned", "back"}
+        marks = {"away", "reset", "left", "cordoned", "back"}
         for name in [flag for flag in flags if flag not in marks]:
             node = self.nodes.get(name) or NodeView(name=Node(name), pool="local", slots=2, ready_s=100.0)
             if "back" in said:
@@ -365,6 +365,7 @@ _NODE: dict[str, Callable[[str], tuple[str, Any]]] = {
     "lingering": lambda text: ("lingering", frozenset(map(JobId, filter(None, text.split(","))))),
     "away": lambda _: ("connected", False),
     "reset": lambda _: ("reset", True),
+    "left": lambda _: ("left", True),
     "cordoned": lambda _: ("cordoned", True),
 }
 _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {

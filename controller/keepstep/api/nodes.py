@@ -18,7 +18,9 @@ router = APIRouter(prefix="/nodes", tags=["nodes"])
 @router.get("")
 async def nodes(control: Control, who: Viewer) -> dict[str, Any]:
     rows = await control.on_store(control.store.nodes)
-    return {"nodes": [_told(control, row) for row in rows]}
+    # The agent of a `keepstep run` that is over is nobody's node any more.
+    there = [row for row in rows if not (row.pool == "run" and row.state in {"gone", "lost"})]
+    return {"nodes": [_told(control, row) for row in there]}
 
 
 @router.get("/{name}")
@@ -48,7 +50,6 @@ def _told(control: Controller, row: NodeRow) -> dict[str, Any]:
     if member is not None:
         live = {
             "state": member.state,
-            "state_reason": member.state_reason or row.state_reason,
             "connected": member.talks(control.time),
             "silence_s": round(control.time.age(member.heard_at), 1),
             "load": member.node.load,

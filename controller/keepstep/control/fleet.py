@@ -44,7 +44,6 @@ class Member:
     pool: str = ""
     slots: int = 0
     state: NodeState = NodeState.READY
-    state_reason: str = ""
     cordoned: bool = False
     attached: JobId | None = None
     confirmed: str = ""
@@ -55,6 +54,7 @@ class Member:
     ready_at: float = 0.0  # since it has been ready without a break
     acknowledged_at: float = 0.0  # when the last acknowledgement was sent: its lease runs from there
     reset: bool = False
+    leaving: bool = False  # it said so last
     node: wire.NodeStatus = field(default_factory=wire.NodeStatus)
     standbys: tuple[wire.StandbyStatus, ...] = ()
     attempts: dict[tuple[str, int], Heard] = field(default_factory=dict)
@@ -88,7 +88,6 @@ class Fleet:
                 pool=row.pool,
                 slots=row.slots,
                 state=NodeState(row.state),
-                state_reason=row.state_reason,
                 cordoned=row.cordoned,
                 heard_at=self.time.now,
             )
@@ -102,11 +101,11 @@ class Fleet:
         member.session, member.register = session, register
         member.pool, member.slots = register.pool, register.slots
         member.attached = attached or member.attached
-        member.state, member.state_reason = NODE.next(member.state, NodeEvent.REGISTER), ""
+        member.state = NODE.next(member.state, NodeEvent.REGISTER)
         member.confirmed, member.reset, member.desired = "", False, None
-        member.sequence, member.current = 0, frozenset()
+        member.sequence, member.current, member.leaving = 0, frozenset(), False
         member.ready_at = self.time.now
-        self._hear(member)
+        member.heard_at = self.time.now
         if register.state is not None:
             self.hear(member, register.state)
         return member
@@ -115,10 +114,10 @@ class Fleet:
         """Take a node's state over. True if something changed that a decision may depend on."""
         if state.sequence < member.sequence:
             return False
-        self._hear(member)
+        member.heard_at = self.time.now
         member.sequence = state.sequence
         changed = state.standbys != member.standbys or state.leaving
-        member.node, member.standbys = state.node, state.standbys
+        member.node, member.standbys, member.leaving = state.node, state.standbys, state.leaving
         keys = frozenset((status.job, status.attempt) for status in state.attempts)
         changed = changed or keys != member.current
         for status in state.attempts:
@@ -185,11 +184,6 @@ class Fleet:
                 future.set_exception(Unreachable(answer.error, where=f"node {member.name}"))
             else:
                 future.set_result(answer.data)
-
-    def _hear(self, member: Member) -> None:
-        member.heard_at = self.time.now
-        if NODE.allows(member.state, NodeEvent.HEAR):
-            member.state = NODE.next(member.state, NodeEvent.HEAR)
 
     @staticmethod
     def _forget_questions(member: Member, why: str) -> None:

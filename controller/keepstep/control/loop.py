@@ -18,9 +18,9 @@ from keepstep.control.fleet import Fleet, Member, Session
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
 from keepstep.core.clock import Clock
-from keepstep.core.errors import KeepstepError
+from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.core.ids import Attempt, JobId, Node, Step
-from keepstep.core.states import NodeState
+from keepstep.core.states import NODE, NodeState
 from keepstep.decide import plan as p
 from keepstep.decide.decide import decide
 from keepstep.decide.view import Inventory, Stored, View
@@ -66,6 +66,7 @@ class Controller:
         self._asking: set[JobId] = set()
         self._events: list[tuple[Member, Session, wire.Events]] = []
         self._started = 0.0
+        self._trouble = ""
         self.ready = False
         self._beaten = 0.0
 
@@ -107,7 +108,7 @@ class Controller:
         self.ready = True
         try:
             while True:
-                await self._cycle()
+                await self._cycle_or_wait()
                 await asyncio.sleep(_REST_S)
                 try:
                     async with asyncio.timeout(TICK_S):
@@ -118,6 +119,17 @@ class Controller:
             for task in self._tasks:
                 task.cancel()
             self._thread.shutdown(wait=True)
+
+    async def _cycle_or_wait(self) -> None:
+        """A store that cannot be written (a full disk, a lost server) is tried again; jobs go on."""
+        try:
+            await self._cycle()
+            self._trouble = ""
+        except Unreachable as problem:
+            if str(problem) != self._trouble:
+                log.error("nothing is decided until the store answers: %s", problem)
+            self._trouble = str(problem)
+            await asyncio.sleep(TICK_S)
 
     async def _cycle(self) -> None:
         self._wake.clear()
@@ -141,6 +153,7 @@ class Controller:
     async def _take(self, plan: p.Plan, view: View) -> bool:
         """Write the plan down and ask its questions. True if a new view may bring more."""
         changed: list[JobId] = []
+        marked: dict[Node, NodeState] = {}
         jobs = {job.id: job for job in view.jobs}
         writes = [c for c in plan.changes if not isinstance(c, p.Collect) and self._is_news(c)]
         for question in (c for c in plan.changes if isinstance(c, p.Collect)):
@@ -152,9 +165,9 @@ class Controller:
                     commit(writer, self.book.entries[change.job], jobs[change.job], change)
                     changed.append(change.job)
                 for node in plan.marks:
-                    member = self.fleet.members[node.node]
-                    member.state = mark(writer, node, member.state)
-                    member.state_reason = node.reason
+                    before = self.fleet.members[node.node].state
+                    if NODE.allows(before, node.event):  # else it came back meanwhile: the next view says
+                        marked[node.node] = mark(writer, node, before)
 
         if not writes and not plan.marks:
             return False
@@ -162,6 +175,9 @@ class Controller:
             await self.on_store(transaction)
             for job in dict.fromkeys(changed):
                 await self.on_store(self.book.refresh, job)
+        for name, state in marked.items():
+            self.fleet.members[name].state = state
+            self.fleet.members[name].ready_at = self.time.now
         for change in writes:
             log.info("%s: %s: %s", change.job, type(change).__name__, change.reason)
         self.tell()

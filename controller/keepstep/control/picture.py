@@ -144,6 +144,7 @@ def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
         silence_s=fleet.time.age(max(member.heard_at, member.acknowledged_at)),
         confirmed=member.confirmed,
         reset=member.reset,
+        left=member.session is None and member.leaving and not _alive(member),
         cordoned=member.cordoned,
         attached=member.attached,
         warm_for=frozenset(JobId(s.job) for s in member.standbys if s.state == "ready"),
@@ -151,6 +152,10 @@ def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
         lingering=_lingering(member, book),
         labels=member.labels,
     )
+
+
+def _alive(member: Member) -> bool:
+    return any(heard.status.phase not in {"dead", "refused"} for heard in member.attempts.values())
 
 
 def _counts(member: Member) -> bool:

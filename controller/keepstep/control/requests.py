@@ -8,7 +8,7 @@ from keepstep.control.loop import Controller
 from keepstep.core.errors import InputError, NotFound, Refused
 from keepstep.core.ids import Node
 from keepstep.core.job import JobSpec
-from keepstep.core.states import JOB, NODE, JobState, NodeEvent, NodeState
+from keepstep.core.states import JOB, JobState
 from keepstep.decide.view import Wanted
 from keepstep.spec import from_dict, to_dict
 from keepstep.store import Writer
@@ -116,8 +116,6 @@ async def mark_node(controller: Controller, name: str, verb: str, who: Principal
     await controller.write(write)
     if verb != "confirm-lost":
         member.cordoned = verb == "cordon"
-    elif NODE.allows(member.state, NodeEvent.CONFIRM):
-        member.state = NODE.next(NodeState(member.state), NodeEvent.CONFIRM)
     controller.wake()
 
 

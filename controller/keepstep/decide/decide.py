@@ -266,6 +266,8 @@ def marks(view: View, policy: Policy) -> tuple[MarkNode, ...]:
 def _mark(node: NodeView, policy: Policy, just_started: bool) -> tuple[NodeEvent, str] | None:
     if node.confirmed and node.state in (NodeState.READY, NodeState.SILENT):
         return NodeEvent.CONFIRM, node.confirmed
+    if node.left and node.state in (NodeState.READY, NodeState.SILENT):
+        return NodeEvent.LEAVE, "its agent took its leave"
     if node.state is NodeState.READY and node.silence_s >= policy.silent_after_s and not just_started:
         return NodeEvent.MISS, f"no word for {policy.silent_after_s:g} s"
     if node.state is NodeState.SILENT and node.connected and node.silence_s < policy.silent_after_s:

@@ -55,6 +55,7 @@ class NodeView:
     silence_s: float = 0.0  # since its last word; 0 while it talks
     confirmed: str = ""  # positive evidence that the node or its agent's processes are dead, or ""
     reset: bool = False  # its connection was reset or closed, rather than gone quiet
+    left: bool = False  # its agent took its leave, and nothing of any attempt was alive on it
     cordoned: bool = False
     attached: JobId | None = None  # serves this job only (`keepstep run`)
     warm_for: frozenset[JobId] = frozenset()  # has a loaded standby server for these
