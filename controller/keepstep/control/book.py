@@ -98,52 +98,69 @@ class Entry:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One job as it was read from the store, at one moment."""
+
+    job: Job
+    attempts: list[AttemptRow]
+    incidents: list[Incident]  # newest first
+    newest_step: int
+
+
 class Book:
+    """Read on the store's thread, taken over on the event loop's: a decision never sees half a job."""
+
     def __init__(self, store: Store, time: ObservedTime) -> None:
         self._store, self._time = store, time
         self.entries: dict[JobId, Entry] = {}
 
-    def load(self) -> None:
-        for job in self._store.unfinished_jobs():
-            self._read(job)
+    def read_all(self) -> list[Rows]:
+        """Every job that is not finished."""
+        return [self._rows(job) for job in self._store.unfinished_jobs()]
 
-    def refresh(self, job: JobId) -> None:
-        """Read one job again, after something was written for it."""
-        row = self._store.job(job)
-        if row.finished_at is not None:
-            self.entries.pop(job, None)
-        else:
-            self._read(row)
+    def read(self, job: JobId) -> Rows:
+        return self._rows(self._store.job(job))
 
-    def _read(self, job: Job) -> None:
-        attempts = self._store.attempts(job.id)
-        incidents = list(self._store.incidents(job=job.id, limit=1000).items)
+    def take(self, rows: Rows) -> None:
+        job, attempts = rows.job, rows.attempts
+        if job.finished_at is not None:
+            self.entries.pop(job.id, None)
+            return
         entry = self.entries.get(job.id)
         if entry is None:
             entry = self.entries[job.id] = Entry(
                 job=job,
                 spec=from_dict(job.spec),
                 attempts=attempts,
-                incidents=incidents,
+                incidents=rows.incidents,
                 progress=Progress(attempt=0),
                 queued_at=self._time.now,
-                steps_done=self._store.newest_step(job.id),
+                steps_done=rows.newest_step,
             )
         if job.state == "queued" and entry.job.state != "queued":
             entry.queued_at = self._time.now
-        entry.job, entry.attempts, entry.incidents = job, attempts, incidents
+        entry.job, entry.attempts, entry.incidents = job, attempts, rows.incidents
         number = attempts[-1].number if attempts else 0
         if entry.progress.attempt != number:
             entry.progress = Progress(attempt=number, moved_at=self._time.now)
             entry.inventory, entry.asked = None, {}
         state = attempts[-1].state if attempts else ""
-        if entry.progress.state != state:
-            entry.progress.state, entry.progress.state_since = state, self._time.now
-            entry.progress.stepped = entry.progress.stepped or (
-                bool(attempts) and attempts[-1].first_step_at is not None
-            )
+        progress = entry.progress
+        if progress.state != state:
+            progress.state, progress.state_since = state, self._time.now
+            seen = bool(attempts) and attempts[-1].first_step_at is not None
+            progress.stepped = progress.stepped or seen
             if state == "starting":
-                entry.progress.moved_at = self._time.now
+                progress.moved_at = self._time.now
+
+    def _rows(self, job: Job) -> Rows:
+        return Rows(
+            job,
+            self._store.attempts(job.id),
+            list(self._store.incidents(job=job.id, limit=1000).items),
+            self._store.newest_step(job.id),
+        )
 
 
 def layout_of(row: AttemptRow) -> Layout:

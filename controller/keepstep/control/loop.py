@@ -21,6 +21,7 @@ from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.core.ids import Attempt, JobId, Node, Step
 from keepstep.core.states import NODE, NodeState
+from keepstep.core.states.table import UnknownTransition
 from keepstep.decide import plan as p
 from keepstep.decide.decide import decide
 from keepstep.decide.view import Inventory, Stored, View
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 _BEAT_EVERY_S = 2.0
 _REST_S = 0.01  # between two decisions, so that a burst of reports is one picture
+_MISMATCHES_MAX = 5  # in a row: then it is a bug that only a person can mend
 _ROUNDS_MAX = 20  # decisions in a row before agents are heard again
 
 T = TypeVar("T")
@@ -66,7 +68,7 @@ class Controller:
         self._asking: set[JobId] = set()
         self._events: list[tuple[Member, Session, wire.Events]] = []
         self._started = 0.0
-        self._trouble = ""
+        self._trouble, self._mismatches = "", 0
         self.ready = False
         self._beaten = 0.0
 
@@ -85,10 +87,14 @@ class Controller:
         async with self._writing:
             result = await self.on_store(transaction)
             if about is not None:
-                await self.on_store(self.book.refresh, about)
+                await self.refresh(about)
         self.tell()
         self.wake()
         return result
+
+    async def refresh(self, job: JobId) -> None:
+        """Read a job again after something was written for it."""
+        self.book.take(await self.on_store(self.book.read, job))
 
     def wake(self) -> None:
         self._wake.set()
@@ -103,7 +109,8 @@ class Controller:
         """Until cancelled. Errors: Fenced when another controller has taken the store over."""
         self._started = self.time.tick(self.clock.monotonic())
         self.fleet.load(await self.on_store(self.store.nodes))
-        await self.on_store(self.book.load)
+        for rows in await self.on_store(self.book.read_all):
+            self.book.take(rows)
         await self._note_absence()
         self.ready = True
         try:
@@ -124,7 +131,15 @@ class Controller:
         """A store that cannot be written (a full disk, a lost server) is tried again; jobs go on."""
         try:
             await self._cycle()
-            self._trouble = ""
+            self._trouble, self._mismatches = "", 0
+        except UnknownTransition as problem:
+            # The world changed between the view and the writing of its plan. Look again, but not for ever.
+            self._mismatches += 1
+            log.exception("a plan did not fit: %s", problem)
+            if self._mismatches > _MISMATCHES_MAX:
+                raise
+            for rows in await self.on_store(self.book.read_all):
+                self.book.take(rows)
         except Unreachable as problem:
             if str(problem) != self._trouble:
                 log.error("nothing is decided until the store answers: %s", problem)
@@ -153,7 +168,7 @@ class Controller:
     async def _take(self, plan: p.Plan, view: View) -> bool:
         """Write the plan down and ask its questions. True if a new view may bring more."""
         changed: list[JobId] = []
-        marked: dict[Node, NodeState] = {}
+        marked: dict[Node, tuple[NodeState, NodeState]] = {}
         jobs = {job.id: job for job in view.jobs}
         writes = [c for c in plan.changes if not isinstance(c, p.Collect) and self._is_news(c)]
         for question in (c for c in plan.changes if isinstance(c, p.Collect)):
@@ -167,17 +182,18 @@ class Controller:
                 for node in plan.marks:
                     before = self.fleet.members[node.node].state
                     if NODE.allows(before, node.event):  # else it came back meanwhile: the next view says
-                        marked[node.node] = mark(writer, node, before)
+                        marked[node.node] = before, mark(writer, node, before)
 
         if not writes and not plan.marks:
             return False
         async with self._writing:
             await self.on_store(transaction)
             for job in dict.fromkeys(changed):
-                await self.on_store(self.book.refresh, job)
-        for name, state in marked.items():
-            self.fleet.members[name].state = state
-            self.fleet.members[name].ready_at = self.time.now
+                await self.refresh(job)
+        for name, (before, after) in marked.items():
+            member = self.fleet.members[name]
+            if member.state is before:  # else it registered while this was written
+                member.state, member.ready_at = after, self.time.now
         for change in writes:
             log.info("%s: %s: %s", change.job, type(change).__name__, change.reason)
         self.tell()
@@ -312,7 +328,7 @@ class Controller:
 
     async def _ask_pools(self) -> None:
         """Positive evidence of death comes from pools only; silence is none."""
-        for member in self.fleet.members.values():
+        for member in list(self.fleet.members.values()):
             gone = not member.talks(self.time) and member.state in {NodeState.READY, NodeState.SILENT}
             pool = self.pools.get(member.pool)
             if gone and pool is not None and not member.confirmed:

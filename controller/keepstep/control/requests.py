@@ -59,7 +59,7 @@ async def submit(
     job = await controller.write(write)
     if attached is not None:
         controller.fleet.members[attached].attached = job.id
-    await controller.on_store(controller.book.refresh, job.id)
+    await controller.refresh(job.id)
     controller.wake()
     return job
 
