@@ -11,7 +11,7 @@ from keepstep.core.errors import Refused
 from pool_benches import Bench, bench
 from specs import TINY
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(params=["local", "static"])

@@ -34,7 +34,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_every_fault_is_recovered_from_and_the_curve_is_the_same(tmp_path: Path) -> None:
     demo = begin(tmp_path, "--json")
     out, err = demo.communicate(timeout=380)

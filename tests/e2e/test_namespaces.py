@@ -136,7 +136,7 @@ recovery: {{fenced: true}}
     return str(site.keepstep("submit", str(spec), "-o", "name"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_shipped_job_outlives_a_host_that_falls_silent(site: Site) -> None:
     job = submit(site, 400)
     site.until_step(job, 10)
@@ -152,7 +152,7 @@ def test_a_shipped_job_outlives_a_host_that_falls_silent(site: Site) -> None:
     assert json.loads((site.shared / "result.json").read_text())["value"] == pytest.approx(expected(400))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_cutting_only_the_way_to_the_controller_costs_no_step(site: Site) -> None:
     """One real minute; ten are played through in virtual time (tests/golden/decide)."""
     job = submit(site, 2000)

@@ -32,7 +32,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
     service.stop(home, force=True)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_commands_run(home: Home, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     env = {**os.environ, "KEEPSTEP_HOME": str(home.path)}

@@ -36,7 +36,7 @@ def run(home: Home, folder: Path, *arguments: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_kill_is_recovered_from_the_scripts_own_checkpoint(home: Home, tmp_path: Path) -> None:
     undisturbed = run(home, tmp_path / "undisturbed", "--steps", "30")
     assert undisturbed.returncode == 0, undisturbed.stderr
