@@ -11,7 +11,7 @@ from keepstep.core.errors import Refused
 from pool_benches import Bench, bench
 from specs import TINY
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # whole jobs through the life of a pool
 
 
 @pytest.fixture(params=["local", "static"])

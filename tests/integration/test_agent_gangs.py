@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from agents import JOB, Agent, Controller, controlled, launch_of, lives, until
 from keepstep.spec import load, to_dict
@@ -49,6 +50,7 @@ async def gang(nodes: Nodes, launch: wire.Launch) -> None:
         await controller.want(msgspec.structs.replace(part, go=True, master=prepared[0].master))
 
 
+@pytest.mark.slow
 def test_a_shipped_script_over_two_nodes_starts_warm(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -81,6 +83,7 @@ def test_a_shipped_script_over_two_nodes_starts_warm(tmp_path: Path) -> None:
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_the_trainer_leaves_its_lineage_and_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
     spec = load(TINY, base_dir=tmp_path)
     checkpoints = tmp_path / "checkpoints" / JOB

@@ -30,7 +30,8 @@ from shims import (
     until,
 )
 
-pytestmark = pytest.mark.timeout(400)  # torch is loaded cold here, beside whatever else the machine does
+# torch is loaded cold here, beside whatever else the machine does
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LOAD_S = 300.0
 
 TORCH = ("torch", "torch.distributed", "numpy?", "no_such_module?")
