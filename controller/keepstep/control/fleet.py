@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from keepstep.control.observed import ObservedTime
 from keepstep.core.errors import TimedOut, Unreachable
-from keepstep.core.ids import JobId, Node
+from keepstep.core.ids import Node
 from keepstep.core.states import NODE, NodeEvent, NodeState
 from keepstep.store.rows import NodeRow
 from keepstep.wire import messages as wire
@@ -45,7 +45,6 @@ class Member:
     slots: int = 0
     state: NodeState = NodeState.READY
     cordoned: bool = False
-    attached: JobId | None = None
     confirmed: str = ""
     confirmed_at: float = 0.0
     register: wire.Register | None = None
@@ -92,7 +91,7 @@ class Fleet:
                 heard_at=self.time.now,
             )
 
-    def register(self, register: wire.Register, session: Session, attached: JobId | None = None) -> Member:
+    def register(self, register: wire.Register, session: Session) -> Member:
         name = Node(register.node)
         member = self.members.setdefault(name, Member(name=name))
         if member.session is not None and member.session is not session:
@@ -100,7 +99,6 @@ class Fleet:
         self._forget_questions(member, "the agent came back over a new connection")
         member.session, member.register = session, register
         member.pool, member.slots = register.pool, register.slots
-        member.attached = attached or member.attached
         member.state = NODE.next(member.state, NodeEvent.REGISTER)
         member.confirmed, member.reset, member.desired = "", False, None
         member.sequence, member.current, member.leaving = 0, frozenset(), False

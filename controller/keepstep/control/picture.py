@@ -146,7 +146,7 @@ def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
         reset=member.reset,
         left=member.session is None and member.leaving and not _alive(member),
         cordoned=member.cordoned,
-        attached=member.attached,
+        attached=next((e.job.id for e in book.entries.values() if e.job.attached_node == member.name), None),
         warm_for=frozenset(JobId(s.job) for s in member.standbys if s.state == "ready"),
         ready_s=fleet.time.age(member.ready_at) if connected else 0.0,
         lingering=_lingering(member, book),

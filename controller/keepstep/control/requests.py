@@ -57,8 +57,6 @@ async def submit(
         return job
 
     job = await controller.write(write)
-    if attached is not None:
-        controller.fleet.members[attached].attached = job.id
     await controller.refresh(job.id)
     controller.wake()
     return job
