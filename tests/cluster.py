@@ -84,9 +84,12 @@ class Cluster:
                 if isinstance(problem, NotFound):
                     raise
             time.sleep(_POLL_S)
+        raise AssertionError(f"after {within_s} s: {job.get('state')}: {job.get('reason')}\n{self.story(ref)}")
+
+    def story(self, ref: str) -> str:
+        """The job's timeline, for whoever reads why a test failed."""
         events = self.client.pages("/events", "events", limit=200, job=ref)
-        told = "\n".join(f"  {event['kind']}: {event['text']}" for event in events)
-        raise AssertionError(f"after {within_s} s: {job.get('state')}: {job.get('reason')}\n{told}")
+        return "\n".join(f"  {event['at'] % 1000:7.2f} {event['kind']}: {event['text']}" for event in events)
 
     def wait_state(self, ref: str, *states: str, within_s: float = WITHIN_S) -> Json:
         return self.wait(ref, lambda job: job["state"] in states, within_s=within_s)

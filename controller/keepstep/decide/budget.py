@@ -3,7 +3,9 @@
     crash loop   the same failure of the job at the same step, `same_failure_max` times without a new step
     restarts     failures blamed on the job, within its own window; the infrastructure's do not count
     breaker      `no_progress_max` attempts in a row without a new step, whoever is to blame
-    back-off     the first restart is immediate; from the second failure without a new step on, exponential
+    back-off     the first restart is immediate; from the second failure without a new step on, exponential.
+                 The infrastructure has `unlucky_max` such restarts for nothing: a second kill or a lost node
+                 while the job is still coming back is bad luck, and waiting mends nothing
 
 Progress is a step that no attempt completed before. A script that shows no steps makes progress by living.
 """
@@ -41,13 +43,15 @@ def budget(job: JobView, policy: Policy) -> Budget:
         quoted = f" Its first error line: {first_line(newest.error)}" if newest.error else ""
         return Budget(exhausted=why + quoted, exit_code=newest.exit_code)
     repeated = len(in_vain)
+    if newest.blame != "job":
+        repeated = max(0, repeated - policy.unlucky_max)
     if repeated == 0:
-        return Budget(reason="the first restart is immediate")
+        return Budget(reason="the first restart is immediate" if not in_vain else "bad luck needs no wait")
     wait_s = job.spec.recovery.backoff.delay_s(repeated)
     wait_s = min(max(wait_s, policy.backoff_first_s), policy.backoff_max_s)
     return Budget(
         wait_s=wait_s,
-        reason=f"{repeated + 1} failures in a row without a new step: waits {wait_s:g} s before the next",
+        reason=f"{len(in_vain) + 1} failures in a row without a new step: waits {wait_s:g} s before the next",
     )
 
 

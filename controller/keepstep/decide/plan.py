@@ -171,6 +171,7 @@ class Policy:
     backoff_first_s: float = 1.0  # at least; the rest is the job's to say
     backoff_max_s: float = 300.0  # at most
     same_failure_max: int = 3  # the same signature at the same step, without progress between: a crash loop
+    unlucky_max: int = 3  # restarts in a row after the infrastructure's failures that wait for nothing
     no_progress_max: int = 10  # attempts in a row without a new step, whoever is to blame
     grow_after_s: float = 10.0  # a returned node must have been ready for this long
     grow_within_s: float = 600.0  # how long growing waits for a checkpoint to grow from
