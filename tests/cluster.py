@@ -84,7 +84,9 @@ class Cluster:
                 if isinstance(problem, NotFound):
                     raise
             time.sleep(_POLL_S)
-        raise AssertionError(f"after {within_s} s: {job.get('state')}: {job.get('reason')}\n{self.story(ref)}")
+        raise AssertionError(
+            f"after {within_s} s: {job.get('state')}: {job.get('reason')}\n{self.story(ref)}"
+        )
 
     def story(self, ref: str) -> str:
         """The job's timeline, for whoever reads why a test failed."""

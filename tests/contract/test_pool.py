@@ -43,7 +43,9 @@ def test_a_gang_trains_recovers_in_place_and_from_a_lost_node(on: Bench) -> None
         cluster.client.post("/nodes/b/confirm-lost")
     on.lose("b")
     told = cluster.wait_step(job, 5, attempt=3)
-    assert (told["attempt"]["rung"], told["attempt"]["nodes"]) == ("fewer replicas", ["a"]), cluster.story(job)
+    assert (told["attempt"]["rung"], told["attempt"]["nodes"]) == ("fewer replicas", ["a"]), cluster.story(
+        job
+    )
     assert cluster.incidents(job)[-1]["culprit"]["node"] == "b"
 
     cluster.client.post(f"/jobs/{job}/cancel")
