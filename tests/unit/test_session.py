@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from keepstep.core.beacon import PAGE, BeaconReader, Record
+from keepstep.core.beacon import BINS, PAGE, BeaconReader, BeaconWriter, Record, bin_edge_s, bin_of
 from keepstep.session import Phase, Session, current, progress
 
 
@@ -38,10 +38,11 @@ def test_marks_reach_the_page(beacon: int) -> None:
     assert read(beacon).phase is Phase.STARTING and read(beacon).step == -1
 
     before = time.monotonic_ns()
-    session.phase(Phase.FORWARD, micro_batch=3, peer=7, group="tp.1234567890abcdef", group_sequence=41)
-    session.launched()
-    session.launched(2)
-    session.completed()
+    session.phase(Phase.FORWARD, micro_batch=3)
+    session.wait("dp", 40)
+    session.go_on()
+    session.wait("tp.1234567890abcdef", 41, peer=7)
+    session.batch()
     session.stalled(1000)
     session.stalled(500)
     session.checkpointed(10)
@@ -50,9 +51,41 @@ def test_marks_reach_the_page(beacon: int) -> None:
     seen = read(beacon)
     assert (seen.phase, seen.micro_batch, seen.peer) == (Phase.FORWARD, 3, 7)
     assert (seen.group, seen.group_sequence) == ("tp.1234567890ab", 41)
-    assert (seen.launched, seen.completed, seen.stall_ns) == (3, 1, 1500)
+    assert (seen.launched, seen.completed, seen.stall_ns, seen.batches) == (2, 1, 1500, 1)
+    assert 0 < seen.wait_ns < seen.waiting_ns
     assert (seen.step, seen.checkpoint_step) == (12, 10)
     assert before <= seen.phase_ns <= seen.step_ns <= time.monotonic_ns()
+
+
+def test_completed_phases_are_counted_with_what_they_waited(beacon: int) -> None:
+    session = current()
+    for _ in range(3):
+        session.phase(Phase.FORWARD)
+        session.phase(Phase.BACKWARD)
+        session.wait("dp")
+        session.phase(Phase.OPTIMIZER)
+    seen = BeaconReader.of_descriptor(beacon).phases()
+    assert {phase: row.count for phase, row in seen.items()} == {
+        Phase.STARTING: 1, Phase.FORWARD: 3, Phase.BACKWARD: 3, Phase.OPTIMIZER: 2,
+    }  # fmt: skip
+    backward = seen[Phase.BACKWARD]
+    assert 0 < backward.waited_ns < backward.total_ns and backward.longest_ns <= backward.total_ns
+    assert sum(backward.bins) == 3 and read(beacon).waiting_ns == 0
+    assert seen[Phase.FORWARD].waited_ns == 0
+
+
+def test_bins_are_half_octaves_and_a_full_one_ages_them_all() -> None:
+    for k in range(BINS - 1):
+        edge = round(bin_edge_s(k) * 1e9)
+        assert (bin_of(edge - 1), bin_of(edge)) == (k, k + 1)
+    assert bin_edge_s(BINS - 1) == math.inf and bin_of(1 << 60) == BINS - 1
+    page = mmap.mmap(-1, PAGE)
+    writer = BeaconWriter(page, rank=0, world_size=1)
+    writer.passed(Phase.DATA, 1)
+    for _ in range(0x10000):
+        writer.passed(Phase.DATA, 3 << 20)
+    row = BeaconReader(page).phases()[Phase.DATA]
+    assert row.count == 0x10001 and row.bins[0] == 0 and row.bins[bin_of(3 << 20)] == 0x8000
 
 
 def test_figures_go_to_the_ring_and_what_is_unknown_is_left_out(beacon: int) -> None:
@@ -139,6 +172,6 @@ def test_a_mark_is_cheap() -> None:
     for _ in range(20):
         start = time.perf_counter_ns()
         for _ in range(200):
-            session.phase(Phase.FORWARD, 1, 2, "tp", 3)
+            session.phase(Phase.FORWARD, 1)
         best_us = min(best_us, (time.perf_counter_ns() - start) / 200 / 1e3)
     assert best_us < 5

@@ -56,7 +56,16 @@ def rank_status(
         micro_batch=record.micro_batch,
         counter=record.sequence,  # every mark moves it
         checkpoint_step=record.checkpoint_step,
+        snapshot_step=record.snapshot_step,
         stall_s=record.stall_ns / 1e9,
+        waiting_s=age_s(record.waiting_ns, now_ns),
+        wait_s=record.wait_ns / 1e9,
+        group=record.group,
+        group_sequence=record.group_sequence,
+        peer=record.peer,
+        launched=record.launched,
+        completed=record.completed,
+        batches=record.batches,
         error=evidence.error,
         last_lines=evidence.last_lines,
     )

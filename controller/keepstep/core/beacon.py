@@ -8,7 +8,8 @@ of it when the last holder is gone. Standard library only: this module runs insi
     0     magic, version, pid, rank, world size
     64    record A        (the writer alternates; the reader takes the newest whole one)
     256   record B
-    1024  ring of the last 48 completed steps, for the loss curve
+    448   a table by phase: how often it was completed, how long that took
+    1600  ring of the last 39 completed steps, for the loss curve
 """
 
 import mmap
@@ -19,14 +20,17 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 MAGIC = b"KSBEACON"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 
 _HEAD = struct.Struct("<8sHxxIII")
-_RECORD = struct.Struct("<QqQIIQQQQqqQ16sQQ")
+_RECORD = struct.Struct("<QqQIIQQQQqqqQQQQ16sQQ")
 _RECORDS = (64, 256)
+_TABLE, _ROWS, _ROW = 448, 12, 96
+_SEEN = struct.Struct("<QQQQ")  # completed, sum, waited, longest; then the bins
+BINS = 32
 _POINT = struct.Struct("<QQdddddQ")
-_RING, _RING_SIZE = 1024, 48
+_RING, _RING_SIZE = 1600, 39
 
 
 class Phase(IntEnum):
@@ -59,10 +63,25 @@ class Record:
     launched: int = 0  # collectives and sends started ...
     completed: int = 0  # ... and finished: any counter that moves is progress
     checkpoint_step: int = -1  # of the newest checkpoint that this rank knows to be complete
+    snapshot_step: int = -1  # of its newest whole snapshot in memory
     peer: int = -1  # the pipeline peer that the rank waits for
-    stall_ns: int = 0  # training time lost to checkpoints, in all
-    group: str = ""  # the group that the rank waits in, 15 bytes
+    stall_ns: int = 0  # training time lost to checkpoints and snapshots, in all
+    wait_ns: int = 0  # spent waiting for other ranks, in all
+    waiting_ns: int = 0  # since when it waits for them; 0: it does not
+    batches: int = 0  # that its data loader gave
+    group: str = ""  # the group that the rank waits in, or waited in last, 15 bytes
     group_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """How long one phase took whenever it was completed. `bins`: see `bin_of`, halved when one is full."""
+
+    count: int
+    total_ns: int
+    waited_ns: int  # of the total, for other ranks
+    longest_ns: int
+    bins: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +111,8 @@ class BeaconWriter:
         self._sequence = before.sequence if before else 0
         self.now = before or Record()
         _HEAD.pack_into(page, 0, MAGIC, VERSION, os.getpid(), rank, world_size)
+        self._table = [list(_SEEN.unpack_from(page, _TABLE + row * _ROW)) for row in range(_ROWS)]
+        self._bins = memoryview(page)[_TABLE : _TABLE + _ROWS * _ROW].cast("H")
 
     def write(self, record: Record) -> None:
         """Publish a state; its sequence number is set here."""
@@ -105,8 +126,12 @@ class BeaconWriter:
             r.launched,
             r.completed,
             r.checkpoint_step,
+            r.snapshot_step,
             r.peer,
             r.stall_ns,
+            r.wait_ns,
+            r.waiting_ns,
+            r.batches,
             r.group.encode()[:15],
             r.group_sequence,
         )
@@ -121,8 +146,12 @@ class BeaconWriter:
         launched: int,
         completed: int,
         checkpoint_step: int,
+        snapshot_step: int,
         peer: int,
         stall_ns: int,
+        wait_ns: int,
+        waiting_ns: int,
+        batches: int,
         group: bytes,
         group_sequence: int,
     ) -> None:
@@ -141,12 +170,34 @@ class BeaconWriter:
             launched,
             completed,
             checkpoint_step,
+            snapshot_step,
             peer,
             stall_ns,
+            wait_ns,
+            waiting_ns,
+            batches,
             group,
             group_sequence,
             sequence,
         )
+
+    def passed(self, phase: int, ns: int, waited_ns: int = 0) -> None:
+        """A phase was completed after `ns`, `waited_ns` of them spent waiting for other ranks."""
+        if phase >= _ROWS:
+            return
+        row = self._table[phase]
+        row[0] += 1
+        row[1] += ns
+        row[2] += waited_ns
+        if ns > row[3]:
+            row[3] = ns
+        _SEEN.pack_into(self._page, _TABLE + phase * _ROW, *row)
+        bins, first = self._bins, (phase * _ROW + _SEEN.size) // 2
+        k = first + bin_of(ns)
+        if bins[k] == 0xFFFF:  # older durations count less, so a drift is followed
+            for each in range(first, first + BINS):
+                bins[each] >>= 1
+        bins[k] += 1
 
     def point(self, point: Point) -> None:
         """Add a completed step to the ring; the step is written last, so a torn entry is not taken."""
@@ -196,8 +247,12 @@ class BeaconReader:
                 launched,
                 completed,
                 checkpoint,
+                snapshot,
                 peer,
                 stall,
+                wait,
+                waiting,
+                batches,
                 group,
                 group_sequence,
                 last,
@@ -214,12 +269,32 @@ class BeaconReader:
                 launched=launched,
                 completed=completed,
                 checkpoint_step=checkpoint,
+                snapshot_step=snapshot,
                 peer=peer,
                 stall_ns=stall,
+                wait_ns=wait,
+                waiting_ns=waiting,
+                batches=batches,
                 group=group.rstrip(b"\0").decode(errors="replace"),
                 group_sequence=group_sequence,
             )
         return best
+
+    def phases(self) -> dict[Phase, Seen]:
+        """What was completed so far. Sums may be one completion apart from the count: nothing is locked."""
+        magic, version, *_ = _HEAD.unpack_from(self._page, 0)
+        if magic != MAGIC or version != VERSION:
+            return {}
+        found = {}
+        for phase in range(_ROWS):
+            row = _TABLE + phase * _ROW
+            count, total, waited, longest = _SEEN.unpack_from(self._page, row)
+            if count:
+                bins = struct.unpack_from(f"<{BINS}H", self._page, row + _SEEN.size)
+                found[_phase(phase)] = Seen(
+                    count=count, total_ns=total, waited_ns=waited, longest_ns=longest, bins=bins
+                )
+        return found
 
     def points(self, after_step: int) -> list[Point]:
         """The completed steps past `after_step` that are still in the ring, oldest first."""
@@ -244,6 +319,24 @@ class BeaconReader:
 
     def close(self) -> None:
         self._page.close()
+
+
+def bin_of(ns: int) -> int:
+    """Half octaves from about a millisecond on: bin 0 is below 1.05 ms, the last one above 34 s."""
+    units = ns >> 20
+    if units == 0:
+        return 0
+    high = units.bit_length() - 1
+    k = 1 + 2 * high + (units >> (high - 1) & 1 if high else ns >> 19 & 1)
+    return k if k < BINS else BINS - 1
+
+
+def bin_edge_s(k: int) -> float:
+    """The upper edge of a bin, in seconds; infinite for the last one."""
+    if k >= BINS - 1:
+        return float("inf")
+    high, half = divmod(k - 1, 2) if k else (0, -1)
+    return (1 << 20) * 2**high * (1.5 + 0.5 * half if k else 1.0) / 1e9
 
 
 def writer_of(page: mmap.mmap) -> int:

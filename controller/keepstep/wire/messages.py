@@ -45,9 +45,30 @@ class RankStatus(Part, kw_only=True, frozen=True):
     micro_batch: int = 0
     counter: int = 0  # any beacon counter that moves is progress
     checkpoint_step: int = -1
+    snapshot_step: int = -1
     stall_s: float = 0.0
+    process: str = ""  # running | stopped | traced | blocked (in the kernel) | zombie; "": not looked at
+    waiting_s: float | None = None  # it has been waiting for others for so long; None: it does not wait
+    wait_s: float = 0.0  # spent waiting for other ranks, in all
+    group: str = ""  # the group that it waits in, or waited in last
+    group_sequence: int = 0
+    peer: int = -1  # the rank that it waits for
+    launched: int = 0  # waits begun ...
+    completed: int = 0  # ... and ended
+    batches: int = 0  # from its data loader
     error: str = ""  # the error file's message, else the last line of the log; only after a failure
     last_lines: tuple[str, ...] = ()
+
+
+class PhaseSeen(Part, kw_only=True, frozen=True):
+    """How long one phase took, over all ranks of a node: `core.beacon.Seen`, added up."""
+
+    phase: str
+    count: int
+    total_s: float = 0.0
+    waited_s: float = 0.0
+    longest_s: float = 0.0
+    bins: tuple[int, ...] = ()
 
 
 class AttemptStatus(Part, kw_only=True, frozen=True):
@@ -64,6 +85,7 @@ class AttemptStatus(Part, kw_only=True, frozen=True):
     alive: int = 0  # descendants of the attempt that still live, ranks included
     unfenced_s: float | None = None  # no controller and no step for this long
     ranks: tuple[RankStatus, ...] = ()
+    phases: tuple[PhaseSeen, ...] = ()
 
 
 class StandbyStatus(Part, kw_only=True, frozen=True):

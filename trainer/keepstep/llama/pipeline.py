@@ -56,19 +56,21 @@ class OneForwardOneBackward:
             """Marks each pass in the beacon: first whose data it waits for, then that it has it."""
 
             def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-                session.phase(Phase.FORWARD, micro_batch=fwd_chunk_id, peer=previous)
+                session.phase(Phase.FORWARD, micro_batch=fwd_chunk_id)
+                session.wait("pp", fwd_chunk_id, previous)
                 return super().get_fwd_recv_ops(fwd_chunk_id)
 
             def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-                session.phase(Phase.FORWARD, micro_batch=fwd_chunk_id)
+                session.go_on()
                 return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
             def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
-                session.phase(Phase.BACKWARD, micro_batch=bwd_chunk_id, peer=following)
+                session.phase(Phase.BACKWARD, micro_batch=bwd_chunk_id)
+                session.wait("pp", bwd_chunk_id, following)
                 return super().get_bwd_recv_ops(bwd_chunk_id)
 
             def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-                session.phase(Phase.BACKWARD, micro_batch=bwd_chunk_id)
+                session.go_on()
                 super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
         # Shapes are known, so they are given: nothing is inferred by trial runs and messages.

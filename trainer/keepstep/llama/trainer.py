@@ -81,7 +81,7 @@ class Trainer:
             loss = self.runner.run(batches)
             if self.counts_loss:
                 losses[replica] = loss
-            self.session.phase(Phase.OPTIMIZER, group="dp")
+            self.session.phase(Phase.OPTIMIZER)
             self.optimizer.gradients.collect(replica)
         return self.optimizer.update(losses, lr=job.optimizer.lr_at(state.step, job.steps), asks=asks)
 

@@ -12,6 +12,9 @@ Any script can say more about itself than what keepstep finds out alone:
     for step in range(first, last):
         session.phase(Phase.FORWARD)      # the time since the last phase is what a hang is judged by
         ...
+        session.wait("dp")                # from here on it is the others that take the time
+        all_reduce(...)
+        session.go_on()
         session.step_done(step + 1, loss=loss, tokens_per_s=rate)
         if saved:
             session.checkpointed(step + 1)
@@ -47,27 +50,44 @@ class Session:
         self._phase, self._phase_ns = int(Phase.STARTING), time.monotonic_ns()
         self._launched, self._completed = now.launched, now.completed
         self._checkpoint_step, self._stall_ns = now.checkpoint_step, now.stall_ns
+        self._snapshot_step, self._wait_ns, self._batches = now.snapshot_step, now.wait_ns, now.batches
         self._group, self._group_sequence = b"", 0
+        self._waiting_ns = self._waited_ns = 0  # since when; and how long in this phase
         self._publish()
 
-    def phase(
-        self,
-        phase: Phase,
-        micro_batch: int = 0,
-        peer: int = -1,
-        group: str = "",
-        group_sequence: int = 0,
-    ) -> None:
-        """Enter a phase: what the rank does from now on, and which peer or group it waits for in it.
+    def phase(self, phase: Phase, micro_batch: int = 0) -> None:
+        """Enter a phase: what the rank does from now on. The one before is complete."""
+        now = time.monotonic_ns()
+        if self._waiting_ns:
+            self._end_wait(now)
+        self._writer.passed(self._phase, now - self._phase_ns, self._waited_ns)
+        self._phase, self._phase_ns, self._waited_ns = phase, now, 0
+        self._micro_batch = micro_batch
+        self._publish()
 
-        `peer` is a global rank of the pipeline, `group` a name of up to 15 bytes ("dp", "tp.3") with the
-        number of the collective in it.
+    def wait(self, group: str = "", sequence: int = 0, peer: int = -1) -> None:
+        """From now on this rank waits for others: for a group's collective, or for one peer's data.
+
+        `group` is a name of up to 15 bytes ("dp", "tp.3") with the number of the collective in it, `peer` a
+        global rank. Waiting is no phase of its own: it is a part of the present one.
         """
-        self._phase, self._phase_ns = phase, time.monotonic_ns()
-        self._micro_batch, self._peer = micro_batch, peer
+        self._waiting_ns = time.monotonic_ns()
+        self._peer, self._group_sequence = peer, sequence
         self._group = group.encode()[:15] if group else b""
-        self._group_sequence = group_sequence
+        self._launched += 1
         self._publish()
+
+    def go_on(self) -> None:
+        """What this rank waited for has come."""
+        self._end_wait(time.monotonic_ns())
+        self._completed += 1
+        self._publish()
+
+    def _end_wait(self, now: int) -> None:
+        waited = now - self._waiting_ns
+        self._waiting_ns, self._peer = 0, -1
+        self._waited_ns += waited
+        self._wait_ns += waited
 
     def step_done(
         self,
@@ -110,26 +130,26 @@ class Session:
         self._checkpoint_step = step
         self._publish()
 
+    def snapshotted(self, step: int) -> None:
+        """The state after `step` completed steps is whole in memory."""
+        self._snapshot_step = step
+        self._publish()
+
     def stalled(self, ns: int) -> None:
         """Training stood still for `ns` nanoseconds because of a checkpoint."""
         self._stall_ns += ns
         self._publish()
 
-    def launched(self, count: int = 1) -> None:
-        """Collectives or sends were started."""
-        self._launched += count
-        self._publish()
-
-    def completed(self, count: int = 1) -> None:
-        """Collectives or sends were finished."""
-        self._completed += count
+    def batch(self) -> None:
+        """The data loader gave a batch."""
+        self._batches += 1
         self._publish()
 
     def _publish(self) -> None:
         self._writer.put(
             self._step, self._micro_batch, self._phase, self._phase_ns, self._step_ns, self._launched,
-            self._completed, self._checkpoint_step, self._peer, self._stall_ns, self._group,
-            self._group_sequence,
+            self._completed, self._checkpoint_step, self._snapshot_step, self._peer, self._stall_ns,
+            self._wait_ns, self._waiting_ns, self._batches, self._group, self._group_sequence,
         )  # fmt: skip
 
 
