@@ -189,8 +189,7 @@ class BeaconWriter:
         row[0] += 1
         row[1] += ns
         row[2] += waited_ns
-        if ns > row[3]:
-            row[3] = ns
+        row[3] = max(row[3], ns)
         _SEEN.pack_into(self._page, _TABLE + phase * _ROW, *row)
         bins, first = self._bins, (phase * _ROW + _SEEN.size) // 2
         k = first + bin_of(ns)
@@ -336,7 +335,7 @@ def bin_edge_s(k: int) -> float:
     if k >= BINS - 1:
         return float("inf")
     high, half = divmod(k - 1, 2) if k else (0, -1)
-    return (1 << 20) * 2**high * (1.5 + 0.5 * half if k else 1.0) / 1e9
+    return (1 << 20 + high) * (1.5 + 0.5 * half) / 1e9
 
 
 def writer_of(page: mmap.mmap) -> int:
