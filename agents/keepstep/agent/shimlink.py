@@ -42,7 +42,7 @@ __all__ = [
 
 RANK_SIDE = Path(__file__).with_name("rank") / "__main__.py"
 
-_RETRY_S = 0.02  # between two looks at something that no descriptor tells us about
+_RETRY_S, _RETRY_FIRST_S = 0.02, 0.002  # between two looks at what no descriptor tells us about
 _ANSWER_S = 30.0  # a shim answers in milliseconds; on a loaded machine in seconds
 _DESCRIPTORS = 253  # the kernel's limit for one message
 
@@ -295,6 +295,7 @@ def _start_cold(directory: Path, marker: str) -> int:
 async def _found(directory: Path, marker: str, pid: int) -> Shim:
     """Connect to a shim that was just started."""
     process = processes.read(pid)
+    pause_s = _RETRY_FIRST_S  # a forked one listens after some milliseconds
     while True:
         if shim := await _try_connect(directory):
             return shim
@@ -303,7 +304,8 @@ async def _found(directory: Path, marker: str, pid: int) -> Shim:
             raise Unreachable(
                 "the shim ended before it could be reached", where=marker, why=last_words(directory)
             )
-        await asyncio.sleep(_RETRY_S)
+        await asyncio.sleep(pause_s)
+        pause_s = min(_RETRY_S, 1.5 * pause_s)
 
 
 async def _try_connect(directory: Path) -> Shim | None:
