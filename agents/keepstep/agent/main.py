@@ -229,6 +229,8 @@ class Agent:
                 self._folder,
                 changed=self._link.changed,
                 tell=lambda kind, job, text: self._tell(kind, job, 0, {"text": text}),
+                linger_s=self._settings.standby_linger_s,
+                bytes_max=self._settings.standby_bytes_max,
             ),
             work=Work(self._folder, clock=self._clock, endpoint=lambda: contact.endpoint),
             controller=lambda: contact.endpoint.url if contact.endpoint else "",

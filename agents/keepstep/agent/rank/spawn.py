@@ -29,6 +29,7 @@ class Surroundings:
     output: int  # becomes its standard output and error
     keep: tuple[int, ...]  # descriptors it inherits, by number
     cgroup: Path | None
+    account: Path | None = None  # where a warm rank tells what its script imports
 
 
 def fork(child: Callable[[], None]) -> tuple[int, int]:
@@ -69,7 +70,9 @@ def rank(
             os.umask(launch.umask)
         _limit(launch.limits)
         if loaded is not None:
-            script = become.Script(argv=launch.argv, interpreter=launch.interpreter, env=around.env)
+            script = become.Script(
+                argv=launch.argv, interpreter=launch.interpreter, env=around.env, account=around.account
+            )
             raise Turn(lambda: become.become(script, loaded))
         execute((*launch.interpreter, *launch.argv) if launch.python else launch.argv, around.env)
 
