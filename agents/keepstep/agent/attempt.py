@@ -297,6 +297,8 @@ class Attempt:
         self.outcome = outcome
         try:
             if self.directory.is_dir():
+                for socket in self.directory.glob("control-*.sock"):  # of ranks that could not remove theirs
+                    socket.unlink(missing_ok=True)
                 (self.directory / LAUNCH).unlink(missing_ok=True)  # with secrets, if no shim came to read it
                 durable.write(self.directory / "outcome.json", msgspec.json.encode(outcome))
         except OSError as error:

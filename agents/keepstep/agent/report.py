@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from keepstep.agent import kernel
 from keepstep.agent.evidence import Evidence
 from keepstep.agent.rank.protocol import RankState
 from keepstep.core.beacon import Record, age_s
@@ -58,6 +59,7 @@ def rank_status(
         checkpoint_step=record.checkpoint_step,
         snapshot_step=record.snapshot_step,
         stall_s=record.stall_ns / 1e9,
+        process=kernel.process_of(state.pid) if state.state == "running" and state.pid else "",
         waiting_s=age_s(record.waiting_ns, now_ns),
         wait_s=record.wait_ns / 1e9,
         group=record.group,
