@@ -2,9 +2,9 @@
 restores can come, for a few ranks and steps, with the very rules that ranks and carriers follow.
 
 A rank's life: it computes, it enters the gradient collective of its next step (its last copy must be whole by
-then), it passes when all have entered, and may begin to copy its new state. Its carrier sends whole copies in
-order to the next rank's node, and publishes what came back. At any moment the gang may be killed, or one node
-lost with all it held; a restore may reach only some nodes before the next kill.
+then), it passes when all have entered, and may begin to copy its new state. Its carrier sends whole copies,
+some or all, to the next rank's node, and publishes what came back. At any moment the gang may be killed, or
+one node lost with all it held; a restore may reach only some nodes before the next kill.
 
 Held: after a kill there is a state that every rank has; after the loss of a node there is one that is not
 older than what was sealed. The same search finds what is lost when a rule is weakened.
@@ -87,7 +87,6 @@ class Rules:
     purge: bool = True  # a restore drops what was left
     keeps_older: bool = True  # a restore leaves what lies before its point
     agreed: bool = True  # that everybody has a slot free
-    in_order: bool = True  # copies are sent in order, none is left out
 
 
 class Explorer:
@@ -203,7 +202,7 @@ class Explorer:
             at for at in rank.own.at if at and at.attempt == attempt and at not in there
             and (newest is None or at > newest)
         )  # fmt: skip
-        for at in waiting[:1] if self.rules.in_order else waiting:
+        for at in waiting:  # in any order: older ones may be left out
             number = free_slot(rank.copy.at, rank.sealed)
             if number is not None:
                 yield rank._replace(copy=rank.copy.begin(number, at))
@@ -234,9 +233,7 @@ class Explorer:
             else:
                 yield from self._restored(after._replace(kills=after.kills - 1), ())
 
-    def _stamped(
-        self, slots: Slots, lineage: Lineage, sealed: Stamp | None, fetched: Stamp | None
-    ) -> Slots:
+    def _stamped(self, slots: Slots, lineage: Lineage, sealed: Stamp | None, fetched: Stamp | None) -> Slots:
         parents, attempt = _parents(lineage), len(lineage)
         stamps: Stamps = slots.at
         if self.rules.purge:
@@ -276,7 +273,9 @@ WEAKENED = {
         Rules(buddies=False, steps=5, slots=2, gate="update"), "no common state"
     ),
     "a restore drops what lies before its point": (Rules(keeps_older=False), "was sealed"),
-    "copies are sent out of order": (Rules(steps=4, in_order=False), "was sealed"),
+    "a restore leaves the slots as they are": (
+        Rules(purge=False, kills=2, buddies=False), "more than one step"
+    ),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ term.json                      the newest controller term seen: older controller
 events/                        the spool (see spool)
 bundles/<sha256>.tar           shipped work folders, as fetched
 standby/<job>-<key>/           one standby server each (see standby)
+carrier/<job>/                 one carrier of snapshots each (see carriers)
 jobs/<job>/workdir-<sha>/      a shipped work folder, unpacked: shared by the attempts of its job
 jobs/<job>/removed.json        the newest attempt whose folder was cleaned away: it may not start again
 jobs/<job>/<attempt>/          one attempt: made before anything is started, so it starts at most once
@@ -50,11 +51,15 @@ class Folder:
         return self.path / "standby"
 
     @property
+    def carriers(self) -> Path:
+        return self.path / "carrier"
+
+    @property
     def credential(self) -> Path:
         return self.path / "credential"
 
     def make(self) -> None:
-        for part in (self.path, self.jobs, self.events, self.bundles, self.standbys):
+        for part in (self.path, self.jobs, self.events, self.bundles, self.standbys, self.carriers):
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def job(self, job: str) -> Path:

@@ -70,7 +70,9 @@ def node_env(
     return env
 
 
-def rank_env(place: Place, local_rank: int, *, error_file: str, job_file: str = "") -> dict[str, str]:
+def rank_env(
+    place: Place, local_rank: int, *, error_file: str, job_file: str = "", carrier: str = ""
+) -> dict[str, str]:
     """What is one rank's alone."""
     rank = place.ranks[local_rank]
     env = {
@@ -81,4 +83,6 @@ def rank_env(place: Place, local_rank: int, *, error_file: str, job_file: str = 
     }
     if job_file:
         env["KEEPSTEP_JOB_FILE"] = job_file
+    if carrier:
+        env["KEEPSTEP_CARRIER"] = carrier
     return env

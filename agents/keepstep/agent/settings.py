@@ -47,6 +47,7 @@ class AgentSettings:
         600.0  # bundle, code and standby server; the controller has its own, shorter bound
     )
     spool_bytes: int = 16 << 20  # of unacknowledged events; the oldest go first, and the gap is told
+    snapshot_bytes: int | None = None  # of one rank's slots in memory, at most; None: half of what is free
     history: History = History()
 
     @property
