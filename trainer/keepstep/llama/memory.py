@@ -94,6 +94,10 @@ class Snapshots:
         self.slots.finish(f'{{"values":{values},{self._fixed[1:]}'.encode(), self._bytes)
         self._session.snapshotted(step)
 
+    def close(self) -> None:
+        if self.slots:
+            self.slots.close()
+
     def _target(self, number: int) -> Tensor:
         assert self.slots is not None
         target = torch.frombuffer(self.slots.payload(number), dtype=self._state.state.dtype)

@@ -74,6 +74,7 @@ def run(job: TrainJob, session: Session) -> int:
     keeper = Keeper(trainer, corpus, beside)
     stopped = _loop(trainer, keeper, snapshots, stop)
     keeper.finish()
+    snapshots.close()
     session.phase(Phase.FINISHED)
     parallel.leave()
     return STOPPED if stopped else 0

@@ -24,9 +24,12 @@ class Carrier:
         self._folder = folder
         self._peer: socket.socket | None = None
 
-    def ask(self, files: Sequence[int] = (), **request: Any) -> tuple[dict[str, Any], list[int]]:
+    def ask(
+        self, files: Sequence[int] = (), *, within_s: float = _ANSWER_S, **request: Any
+    ) -> tuple[dict[str, Any], list[int]]:
         """The answer and the files that came with it. Errors: Unreachable, Refused."""
         peer = self._connected()
+        peer.settimeout(within_s)
         received: list[int] = []
         try:
             line = json.dumps(request).encode() + b"\n"
@@ -56,12 +59,14 @@ class Carrier:
         return answer, received
 
     def nudge(self) -> bool:
-        """There is a new snapshot. False: nobody is there."""
+        """There is a new snapshot. False: the carrier that has this rank's file is gone."""
+        if self._peer is None:
+            return False
         try:
-            self._connected().send(b'{"do":"taken"}\n', socket.MSG_DONTWAIT)
+            self._peer.send(b'{"do":"taken"}\n', socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass  # it has nudges enough
-        except (OSError, Unreachable):
+        except OSError:
             self.close()
             return False
         return True
@@ -82,7 +87,6 @@ class Carrier:
                     peer.connect(f"/proc/self/fd/{folder}/{SOCKET}")
                 finally:
                     os.close(folder)
-                peer.settimeout(_ANSWER_S)
             except OSError as error:
                 peer.close()
                 raise Unreachable("no carrier", where=str(self._folder), why=str(error)) from error

@@ -10,6 +10,7 @@ One thread, in this order:
 import logging
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from keepstep.session.carrier import FOLDER, Carrier
 
 _log = logging.getLogger("keepstep.snapshots")
 _POPULATE_WRITE = 23  # madvise: fault the pages in now, so that the first copy is as fast as any
+_REJOIN_S, _AGAIN_S = 1.0, 1.0
 NEVER = -(10.0**15)  # of a rank without slots: nothing is protected, and nothing may be taken
 Says = tuple[float, float]
 
@@ -37,6 +39,7 @@ class Slots:
         self.sealed: Stamp | None = None
         self._clear = False  # everybody has a slot free for the next snapshot
         self._writing: tuple[int, int] | None = None  # slot, step
+        self._again_s = 0.0  # when another carrier is looked for
         self._generation = 0
         self._algorithm = snapshots.algorithms()[0]
 
@@ -58,6 +61,7 @@ class Slots:
             )  # fmt: skip
             return cls(carrier, shape, attempt, files[0])
         except (KeepstepError, OSError) as error:
+            carrier.close()
             _log.warning("rank %d keeps no snapshots in memory: %s", rank, error)
             return None
 
@@ -125,10 +129,20 @@ class Slots:
             os.close(descriptor)
         return found
 
+    def close(self) -> None:
+        """Let go of the carrier; what is in the slots stays with it."""
+        self._carrier.close()
+        os.close(self._descriptor)
+
     def _rejoin(self) -> None:
-        """Another carrier may be there by now: it gets the file."""
+        """Another carrier may be there by now: it gets the file. Not tried at each step, it may be stuck."""
+        if time.monotonic() < self._again_s:
+            return
+        self._again_s = time.monotonic() + _AGAIN_S
         try:
-            _, files = self._carrier.ask([self._descriptor], do="join", attempt=self.attempt)
+            _, files = self._carrier.ask(
+                [self._descriptor], do="join", attempt=self.attempt, within_s=_REJOIN_S
+            )
         except KeepstepError as error:
             if not isinstance(error, Unreachable):
                 _log.warning("rank %d has no carrier: %s", self.shape.rank, error)
@@ -136,6 +150,7 @@ class Slots:
             return
         for descriptor in files:
             os.close(descriptor)
+        self._again_s = 0.0
         self._carrier.nudge()
 
     def _put(self, start: int, data: bytes) -> None:
