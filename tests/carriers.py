@@ -140,4 +140,4 @@ def protect(*ranks: Slots, step: int) -> None:
 
 
 def restore(slots: Slots, rank: int, *, world: int, at: tuple[int, int]) -> bytes:
-    return bytes(slots.states([rank], world, Stamp(*at))[0][1])
+    return bytes(slots.load([rank], world, Stamp(*at))[0].payload)

@@ -7,9 +7,13 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+
+import pytest
 
 from cluster import Cluster, Json
 from specs import CUBE, TINY
@@ -54,6 +58,7 @@ def carrier_pid(cluster: Cluster, node: str, job: str) -> int:
     return int(json.loads(path.read_bytes())["pid"])
 
 
+@pytest.mark.timeout(900 + 60 * KILLS)
 def test_kills_at_random_moments(start: Start, undisturbed: Curve) -> None:
     """While it steps, restores, meets; one rank or two at once. Nothing comes from storage."""
     spec = CUBE.replace("steps: 60", f"steps: {4 * KILLS}")
@@ -148,6 +153,28 @@ def test_an_agents_death_leaves_snapshots_where_they_are(start: Start, undisturb
     curve = undisturbed(TINY)
     losses = cluster.losses(job)
     assert {step: loss for step, loss in losses.items() if step in curve and loss != curve[step]} == {}
+
+
+SCRIPT = """
+name: kept
+resources: {{nodes: 2, gpus_per_node: 1}}
+run: {{command: [{python}, kept.py, "40", "{kill_at}"], workdir: {folder}, ship: none}}
+checkpoint: {{snapshot_every: 1 step}}
+"""
+
+
+def test_a_script_goes_on_from_memory_alone(start: Start) -> None:
+    cluster = start(nodes=2, slots=1)
+    folder = Path(__file__).parent / "scripts"
+    said = []
+    for kill_at in (0, 25):
+        job = cluster.submit(SCRIPT.format(python=sys.executable, folder=folder, kill_at=kill_at))
+        cluster.wait_state(job, "succeeded")
+        lines = cluster.client.get(f"/jobs/{job}/logs", tail=20)["lines"]
+        said.append(next(line["text"] for line in lines if "started at" in line["text"]))
+    assert said[0].startswith("started at 0, ")
+    assert said[1].startswith("started at 24, ")
+    assert said[0].split("weights")[1] == said[1].split("weights")[1]
 
 
 def test_never_means_never(start: Start) -> None:

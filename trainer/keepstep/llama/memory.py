@@ -120,17 +120,17 @@ def load(job: TrainJob, state: FlatState, slots: Slots | None, *, dp_rank: int) 
     replicas = job.layout.sources(old, dp_rank)
     coordinates = job.layout.coordinates(slots.shape.rank)
     ranks = [int(old.rank(dp=dp, pp=coordinates.pp, tp=coordinates.tp)) for dp in replicas]
-    found = slots.states(ranks, old.world_size, at)
+    found = slots.load(ranks, old.world_size, at)
     shard, owned = index.length // old.dp, index.owned(dp_rank)
     parts = state.state.view(3, -1)
-    for dp, (_, payload) in zip(replicas, found, strict=True):
-        theirs = torch.frombuffer(payload, dtype=state.state.dtype).view(3, shard)
+    for dp, held in zip(replicas, found, strict=True):
+        theirs = torch.frombuffer(held.payload, dtype=state.state.dtype).view(3, shard)
         first, last = max(owned.start, dp * shard), min(owned.stop, (dp + 1) * shard)
         parts[:, first - owned.start : last - owned.start].copy_(
             theirs[:, first - dp * shard : last - dp * shard]
         )
     state.step = job.restore.step
-    values: dict[str, Any] = json.loads(found[0][0])["values"]
+    values: dict[str, Any] = json.loads(found[0].description)["values"]
     return values
 
 

@@ -11,7 +11,8 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from keepstep.core import snapshots
@@ -120,9 +121,13 @@ class Slots:
         if not self._carrier.nudge():
             self._rejoin()
 
-    def states(self, ranks: list[int], world: int, at: Stamp) -> list[tuple[bytes, memoryview]]:
-        """Description and payload of old ranks' states, mapped. Errors: Unreachable, Refused."""
-        answer, files = self._carrier.ask(do="restore", ranks=ranks, world=world, at=list(at))
+    def load(self, ranks: Sequence[int], world: int, at: Stamp) -> "list[State]":
+        """Old ranks' states, from this rank's carrier. Errors: Unreachable, Refused."""
+        return self.states(self._carrier, ranks, world, at)
+
+    @staticmethod
+    def states(carrier: Carrier, ranks: Sequence[int], world: int, at: Stamp) -> "list[State]":
+        answer, files = carrier.ask(do="restore", ranks=list(ranks), world=world, at=list(at))
         found = []
         for descriptor, number in zip(files, answer["slots"], strict=True):
             found.append(_mapped(descriptor, int(number)))
@@ -161,13 +166,23 @@ class Slots:
         return self._generation
 
 
-def _mapped(descriptor: int, number: int) -> tuple[bytes, memoryview]:
+@dataclass(frozen=True, slots=True)
+class State:
+    """One rank's state, mapped from its memory file."""
+
+    shape: Shape
+    description: bytes
+    payload: memoryview
+
+
+def _mapped(descriptor: int, number: int) -> State:
     page = os.pread(descriptor, PAGE, 0)
     shape, slot = snapshots.read_shape(page), snapshots.read_slots(page)[number]
     assert shape is not None
     memory = memoryview(mmap.mmap(descriptor, shape.bytes))
     start, payload = shape.description_at(number), shape.payload_at(number)
-    return (
+    return State(
+        shape,
         bytes(memory[start : start + slot.description_bytes]),
         memory[payload : payload + slot.payload_bytes],
     )

@@ -2,6 +2,7 @@
 
 From a rank    join {rank, world, attempt, description_max, payload_max} -> its memory file (with one: back)
                restore {ranks, world, at} -> files and slot numbers
+               begun                                  -> the state that the attempt begins from
                taken                                  (no answer: it is a nudge)
 From the agent hello, held, peers {...}, prepare {...}, end
 """
@@ -39,6 +40,7 @@ class Server:
         self._unix = lines.bind(directory / SOCKET)
         self.book, self.peers = Book(), Peers()
         self._streams = Streams(self.book, self.peers, clock)
+        self._begun: dict[str, Any] | None = None  # the state that the present attempt begins from
         self._connections = 0
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,6 +136,8 @@ class Server:
                 found = list(self.book.states(ranks, int(request["world"]), at))
                 answer = {"slots": [number for _, number in found]}
                 return answer, [memory.descriptor for memory, _ in found]
+            case "begun":
+                return {"begun": self._begun}, ()
             case "prepare":
                 await self._prepare(request)
             case "peers":
@@ -178,6 +182,7 @@ class Server:
         if attempt < book.attempt:
             raise Refused(f"attempt {attempt} was replaced by attempt {book.attempt}")
         book.attempt = attempt
+        self._begun = None
         book.parents = {int(n): Stamp(a, s) if a else None for n, a, s in request["lineage"]}
         memory = request.get("memory")
         if memory is None:
@@ -189,6 +194,7 @@ class Server:
             if world == int(request["world"]):
                 book.keep_own(request["ranks"], world)
                 book.restored(world)
+            self._begun = {"world": world, "at": list(at)}
         self._streams.nudge()
 
     async def _obtain(self, key: tuple[int, int], at: Stamp, nodes: Sequence[str]) -> None:
