@@ -160,6 +160,17 @@ for k in range(60):
     model(torch.ones(2, 3)).sum().backward()
     (optimizer if k < 10 else later).step()
 """),
+    "gone_on_from_a_checkpoint": (
+        43, {"backward": 43, "optimizer": 43}, """
+first = torch.optim.AdamW(model.parameters())
+for k in range(43):
+    if k == 40:
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer.load_state_dict(first.state_dict())
+        del first
+    model(torch.ones(2, 3)).sum().backward()
+    (optimizer if k >= 40 else first).step()
+"""),
     "in_threads_and_children": (
         4, {"backward": 4, "optimizer": 4}, """
 import os, threading

@@ -90,7 +90,7 @@ class Marks:
         self._thread = threading.main_thread().ident
         self._inside = False  # of a region
         self._depth = 0  # of optimizers that call each other
-        self._steps = Steps()
+        self._steps, self._before = Steps(), 0  # `before`: steps of the job that this process did not see
         self._fetched: weakref.ref[Any] | None = (
             None  # the iterator whose batch came last, if it is new to us
         )
@@ -150,6 +150,8 @@ class Marks:
                 self._depth += 1
                 return
             self._depth = 1
+            if self._step < 0 and not self._before:
+                self._before = _updates(optimizer)
             if self._steps.fired(optimizer):
                 self._step_done(time.monotonic_ns())
             if not self._inside:
@@ -187,7 +189,8 @@ class Marks:
         return frame is not None
 
     def _step_done(self, now: int) -> None:
-        self._step, self._step_ns, self._backwards = max(0, self._step) + 1, now, 0
+        done = self._before if self._step < 0 else self._step
+        self._step, self._step_ns, self._backwards = done + 1, now, 0
 
     # ---------------------------------------------------------------- the page
 
@@ -204,6 +207,13 @@ class Marks:
     def fail(self, error: Exception) -> None:
         self.active = False
         self._say(f"progress is not reported any more: {error!r}")
+
+
+def _updates(optimizer: Any) -> int:
+    """How many updates an optimizer remembers: the steps before a script went on from its own checkpoint."""
+    step = next((state.get("step") for state in optimizer.state.values()), None)
+    on_device = getattr(getattr(step, "device", None), "type", "cpu") != "cpu"  # to ask it would wait for it
+    return 0 if step is None or on_device else int(step)
 
 
 def _region(marks: Marks, phase: int, inner: Callable[..., Any]) -> Callable[..., Any]:
