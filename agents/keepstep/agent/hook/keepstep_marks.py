@@ -90,10 +90,11 @@ class Marks:
         self._thread = threading.main_thread().ident
         self._inside = False  # of a region
         self._depth = 0  # of optimizers that call each other
-        self._steps, self._before = Steps(), 0  # `before`: steps of the job that this process did not see
-        self._fetched: weakref.ref[Any] | None = (
-            None  # the iterator whose batch came last, if it is new to us
-        )
+        self._steps = Steps()
+        # Steps of the job that were done before this process; None: no optimizer was seen so far.
+        self._before: int | None = None
+        # The iterator whose batch came last, as long as nothing is known of it.
+        self._fetched: weakref.ref[Any] | None = None
         self._publish()
 
     # ---------------------------------------------------------------- regions
@@ -150,7 +151,7 @@ class Marks:
                 self._depth += 1
                 return
             self._depth = 1
-            if self._step < 0 and not self._before:
+            if self._before is None:
                 self._before = _updates(optimizer)
             if self._steps.fired(optimizer):
                 self._step_done(time.monotonic_ns())
@@ -189,7 +190,7 @@ class Marks:
         return frame is not None
 
     def _step_done(self, now: int) -> None:
-        done = self._before if self._step < 0 else self._step
+        done = self._before or 0 if self._step < 0 else self._step
         self._step, self._step_ns, self._backwards = done + 1, now, 0
 
     # ---------------------------------------------------------------- the page
