@@ -32,6 +32,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
     )
     layout = layout_of(row) if row else spec.parallelism
     entry = control.book.entries.get(job.id)
+    seen = max(newest, entry.progress.step) if entry else newest  # plain scripts tell no figures
     steps = spec.run.steps if isinstance(spec.run, LlamaRun) else None
     failures = entry.failures(control.clock.wall()) if entry else ()
     window = spec.recovery.restarts.per_s
@@ -58,7 +59,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
         "attached": job.attached_node,
         "attempt": attempt_of(row) if row else None,
         "progress": {
-            "step": newest if newest >= 0 else None,
+            "step": seen if seen >= 0 else None,
             "steps": steps,
             "loss": point.loss if point else None,
             "grad_norm": point.grad_norm if point else None,
@@ -127,6 +128,7 @@ def _rank(
         "local_rank": rank.local_rank,
         "pid": rank.pid,
         "state": rank.state,
+        "process": rank.process,
         "exit_code": rank.exit_code,
         "signal": rank.signal,
         "step": rank.step,
