@@ -61,7 +61,7 @@ def carrier_pid(cluster: Cluster, node: str, job: str) -> int:
 @pytest.mark.timeout(900 + 60 * KILLS)
 def test_kills_at_random_moments(start: Start, undisturbed: Curve) -> None:
     """While it steps, restores, meets; one rank or two at once. Nothing comes from storage."""
-    spec = CUBE.replace("steps: 60", f"steps: {4 * KILLS}")
+    spec = CUBE.replace("steps: 60", f"steps: {3 * KILLS}")
     curve = undisturbed(spec)
     cluster = start(nodes=2, slots=4)
     job = cluster.submit(spec)

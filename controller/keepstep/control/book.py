@@ -35,6 +35,13 @@ class Progress:
     replaying: bool = True  # has not come past the newest step of earlier attempts yet
     stall_s: float = 0.0  # training time lost to checkpoints, the most of any rank
     checkpoint_step: int = -1
+    snapshots: dict[int, int] = field(default_factory=dict)  # rank -> its newest step in memory
+
+    @property
+    def snapshot_step(self) -> int:
+        """The newest step that all ranks have in memory, as far as they have said."""
+        complete = len(self.snapshots) == len(self.by_rank)
+        return min(self.snapshots.values(), default=-1) if complete else -1
 
 
 @dataclass(slots=True)
