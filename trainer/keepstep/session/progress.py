@@ -28,8 +28,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Point, writer_of
+
+if TYPE_CHECKING:
+    from keepstep.session.snapshot import Snapshots
 
 _MEMFD = "keepstep-beacon"  # the name that the shim gives its pages
 _NAN = math.nan
@@ -148,6 +152,12 @@ class Session:
         """The state after `step` completed steps is whole in memory."""
         self._snapshot_step = step
         self._publish()
+
+    def snapshots(self) -> "Snapshots":
+        """What keeps this script's state in memory; needs torch."""
+        from keepstep.session.snapshot import Snapshots
+
+        return Snapshots(self)
 
     def stalled(self, ns: int) -> None:
         """Training stood still for `ns` nanoseconds because of a checkpoint."""
