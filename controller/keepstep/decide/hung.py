@@ -170,7 +170,7 @@ def _learnt(still: _Standstill, found: Blame) -> tuple[float | None, str]:
     longest, why = 0.0, ""
     for rank in found.ranks:
         doing, usual = _phase_of(still, by_rank.get(rank))
-        each = durations.bound_s(doing, usual)
+        each = durations.bound_s(doing, usual, outside=not found.named)
         if each is None:
             return None, ""
         if each > longest:
