@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from keepstep.agent.rank.preload import Wanted
 from keepstep.agent.standby import StandbyServer
 from shims import ENV, WITHIN_S, launch_file, launched, run, said, script, until
 
@@ -199,7 +200,9 @@ _VARYING = [(re.compile(r"0x[0-9a-f]{6,}"), "0x"), (re.compile(r"/(cold|warm)\b"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandbyServer]:
     folder = tmp_path_factory.mktemp("standby")
     file = launch_file(folder, ("x",))
-    server = StandbyServer(folder, interpreter=file.interpreter, env=ENV, cwd="/", modules=MODULES)
+    server = StandbyServer(
+        folder, interpreter=file.interpreter, env=ENV, cwd="/", wanted=Wanted(modules=MODULES)
+    )
     asyncio.run(server.ensure(timeout_s=WITHIN_S))
     yield server
     asyncio.run(server.stop())

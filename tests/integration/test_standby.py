@@ -13,6 +13,7 @@ import pytest
 
 from keepstep.agent import shimlink
 from keepstep.agent.rank.marker import carries
+from keepstep.agent.rank.preload import Wanted
 from keepstep.agent.shimlink import LaunchFile, Shim
 from keepstep.agent.standby import StandbyServer, key_of
 from keepstep.core.errors import Unreachable
@@ -51,13 +52,17 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandbyServer]:
     folder = tmp_path_factory.mktemp("standby")
-    server = StandbyServer(folder, interpreter=(sys.executable,), env=ENV, cwd="/", modules=TORCH)
+    server = StandbyServer(
+        folder, interpreter=(sys.executable,), env=ENV, cwd="/", wanted=Wanted(modules=TORCH)
+    )
     yield server
     asyncio.run(server.stop())
 
 
 def _light(folder: Path, *modules: str) -> StandbyServer:
-    return StandbyServer(folder / "standby", interpreter=(sys.executable,), env=ENV, cwd="/", modules=modules)
+    return StandbyServer(
+        folder / "standby", interpreter=(sys.executable,), env=ENV, cwd="/", wanted=Wanted(modules=modules)
+    )
 
 
 def _training(folder: Path, ranks: int, **changes: object) -> LaunchFile:
@@ -198,7 +203,7 @@ def test_a_server_that_is_not_fit_to_fork_says_so(tmp_path: Path, text: str, why
         script(tmp_path, text, "unfit.py")
         env = {**ENV, "PYTHONPATH": str(tmp_path)}
         server = StandbyServer(
-            tmp_path / "s", interpreter=(sys.executable,), env=env, cwd="/", modules=("unfit",)
+            tmp_path / "s", interpreter=(sys.executable,), env=env, cwd="/", wanted=Wanted(modules=("unfit",))
         )
         with pytest.raises(Unreachable, match=why):
             await server.ensure(timeout_s=WITHIN_S)

@@ -29,17 +29,20 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
     add("--interface", help="the network interface of that address")
     add("--attached", action="store_true", help="belongs to a terminal: when it goes, its ranks go")
     add("--drain", action="store_true", help="end the ranks before leaving")
+    add("--standby-memory", type=float, metavar="GIB", help="of all standby servers together [no limit]")
     add(
         "--exit-when-orphaned", type=float, metavar="SECONDS", help="without controller and ranks for so long"
     )
     given = parser.parse_args(arguments)
     gpus = None if given.gpus is None else tuple(filter(None, given.gpus.split(",")))
     labels = dict(label.split("=", 1) for label in given.label if "=" in label)
+    memory = None if given.standby_memory is None else int(given.standby_memory * (1 << 30))
     values = {
         "dir": given.dir, "controllers": tuple(given.controller), "endpoint_file": given.endpoint_file,
         "token_file": given.token_file, "pool": given.pool, "role": given.role, "slots": given.slots,
         "gpus": gpus, "labels": labels, "address": given.address, "interface": given.interface,
         "attached": given.attached, "drain": given.drain, "exit_when_orphaned_s": given.exit_when_orphaned,
+        "standby_bytes_max": memory,
     }  # fmt: skip
     return AgentSettings(**values) if given.node is None else AgentSettings(node=given.node, **values)
 

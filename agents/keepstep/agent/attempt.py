@@ -60,6 +60,8 @@ class Attempt:
         self._told_grace_s: float | None = None
         self._finish_s = 0.0  # for files that are just being written
         self._went = False
+        self._made: preparation.Recipe | None = None
+        self._learnt = False
         self._stop_wanted, self._poke = asyncio.Event(), asyncio.Event()
 
     @property
@@ -127,7 +129,7 @@ class Attempt:
     async def _make(self) -> shimlink.Shim:
         around, launch = self._around, self.launch
         self._wait_for("the job's files")
-        made = await around.recipe_for(launch.job, launch.run, self.directory)
+        made = self._made = await around.recipe_for(launch.job, launch.run, self.directory)
         self._wait_for("the standby server" if made.modules else "")
         server, self._cold_reason = await around.standbys.ready(launch.job, made)
         if earlier := around.predecessors(*self.key):
@@ -269,6 +271,7 @@ class Attempt:
         if ending.shim_died and begun:
             text = f"the shim was killed; {ending.swept} processes of the attempt were ended after it"
             self._tell("orphans", text)
+        self._learn(load=any(report.failed(state) for state in self._states))
         self._close("dead", self._stop[0] if self._stop else reason)
 
     async def _give_up(self, reason: str) -> None:
@@ -295,6 +298,8 @@ class Attempt:
         self.outcome = outcome
         try:
             if self.directory.is_dir():
+                for socket in self.directory.glob("control-*.sock"):  # of ranks that could not remove theirs
+                    socket.unlink(missing_ok=True)
                 (self.directory / LAUNCH).unlink(missing_ok=True)  # with secrets, if no shim came to read it
                 durable.write(self.directory / "outcome.json", msgspec.json.encode(outcome))
         except OSError as error:
@@ -312,7 +317,14 @@ class Attempt:
             self._around.tell("points", *self.key, {"points": list(look.points)})
         if look.first:
             self._around.changed()
+        if points and self._warm and not self._learnt and any(self.directory.glob("learnt-*.json")):
+            self._learnt = True
+            self._learn(load=True)
         return look.stepped
+
+    def _learn(self, *, load: bool) -> None:
+        if self._made is not None and self._warm:
+            self._around.standbys.learn(self.launch.job, self._made, self.directory, load=load)
 
     def feel(self, elapsed_s: float) -> None:
         """Whether its ranks live and move, `elapsed_s` after the last time."""

@@ -5,7 +5,8 @@ credential                     0600: what a join token was exchanged for
 term.json                      the newest controller term seen: older controllers are refused
 events/                        the spool (see spool)
 bundles/<sha256>.tar           shipped work folders, as fetched
-standby/<job>-<key>/           one standby server each (see standby)
+standby/<key>/                 one standby server each (see standby)
+learnt/<digest>.json           what runs of a script were seen to import (see learnt)
 jobs/<job>/workdir-<sha>/      a shipped work folder, unpacked: shared by the attempts of its job
 jobs/<job>/removed.json        the newest attempt whose folder was cleaned away: it may not start again
 jobs/<job>/<attempt>/          one attempt: made before anything is started, so it starts at most once

@@ -10,14 +10,14 @@ import pwd
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from keepstep.agent import rankenv, secrets
-from keepstep.agent.evidence import error_file
+from keepstep.agent import learnt, rankenv, ras, secrets, setting
+from keepstep.agent.evidence import control_socket, error_file
 from keepstep.agent.rank.protocol import LaunchFile, RankLaunch, Rotate, Stop
 from keepstep.agent.standby import DEFAULT_MODULES, TRAINER_MODULES
 from keepstep.core import checkpoints, durable
@@ -57,6 +57,20 @@ class Recipe:
     cwd: Path
     modules: tuple[str, ...]  # to preload; empty: start cold
     cold_reason: str = ""
+    script: str = ""  # whose imports are learnt, by its content; empty: nothing is
+    early: Mapping[str, str | None] = field(default_factory=dict, repr=False)  # set before its imports
+    late: frozenset[str] = frozenset()  # variables that the script sets after them
+
+    @property
+    def given(self) -> dict[str, str]:
+        """What can be set for a standby's imports as the script does for its own."""
+        return {name: value for name, value in self.early.items() if value is not None}
+
+    @property
+    def standby_cwd(self) -> str:
+        """Only relative entries of sys.path depend on it; else jobs of all folders may share a server."""
+        entries = self.env.get("PYTHONPATH", "").split(os.pathsep)
+        return "/" if all(entry.startswith("/") or not entry for entry in entries) else str(self.cwd)
 
     @property
     def standby_env(self) -> dict[str, str]:
@@ -92,6 +106,8 @@ def recipe(run: LlamaRun | CommandRun, workdir: Path, environ: Mapping[str, str]
         **secrets.resolve((), run.secrets, environ),
     }
     env.setdefault("PYTHONUNBUFFERED", "1")  # what a rank printed must not die with it
+    if run.hook:
+        env = rankenv.hooked(env)
     if isinstance(run, LlamaRun):
         interpreter: tuple[str, ...] = (sys.executable,)
         argv, python = TRAINER, True
@@ -101,9 +117,22 @@ def recipe(run: LlamaRun | CommandRun, workdir: Path, environ: Mapping[str, str]
         _check_command(argv, python, workdir, env)
         modules = DEFAULT_MODULES
     cold = _cold_reason(run, python, argv, workdir)
-    return Recipe(
+    made = Recipe(
         run=run, interpreter=interpreter, argv=argv, python=python, env=env, cwd=workdir,
         modules=() if cold else (*modules, *run.preload), cold_reason=cold,
+    )  # fmt: skip
+    return made if cold or isinstance(run, LlamaRun) else _with_script(made)
+
+
+def _with_script(made: Recipe) -> Recipe:
+    """What its source says: the built-in trainer's imports are known, a native command has none."""
+    if made.argv[0] == "-m":
+        return replace(made, script=learnt.digest(made.interpreter, made.argv, b""))
+    path = made.cwd / made.argv[0]
+    settings = setting.settings_of(path, made.env)
+    return replace(
+        made, script=learnt.digest(made.interpreter, made.argv, path.read_bytes()),
+        early=settings.early, late=frozenset(settings.late),
     )  # fmt: skip
 
 
@@ -124,7 +153,11 @@ def launch_file(launch: Launch, made: Recipe, site: Site) -> LaunchFile:
             local_rank=k,
             slot=site.slots[k],
             env=rankenv.rank_env(
-                place, k, error_file=str(error_file(site.directory, rank)), job_file=job_file
+                place,
+                k,
+                error_file=str(error_file(site.directory, rank)),
+                job_file=job_file,
+                control=str(control_socket(site.directory, rank)) if made.run.hook else "",
             ),
         )
         for k, rank in enumerate(launch.ranks)
@@ -134,10 +167,14 @@ def launch_file(launch: Launch, made: Recipe, site: Site) -> LaunchFile:
         job=launch.job, attempt=launch.attempt, node=site.node, world_size=launch.world_size,
         nodes=len(launch.nodes), node_rank=launch.node_rank, ranks=ranks, argv=made.argv, python=made.python,
         interpreter=made.interpreter, cwd=str(made.cwd),
-        env=rankenv.node_env(place, made.env, interface=site.interface, gpus=site.gpus),
+        env=rankenv.node_env(
+            place, made.env, interface=site.interface, gpus=site.gpus,
+            flights=str(site.directory / "flight-"), ras_port=ras.reserve(site.directory) if site.gpus else 0,
+        ),
         umask=run.umask, limits=dict(run.limits), rotate=Rotate(bytes=run.logs.bytes, files=run.logs.files),
         store=launch.node_rank == 0, bind_address=site.address,
         stop=Stop(signal=run.stop.signal, grace_s=run.stop.grace_s), warm=bool(made.modules),
+        early=dict(made.early),
     )  # fmt: skip
 
 

@@ -11,9 +11,8 @@ than their phase ever took, and that it goes on after all.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from keepstep.agent.rank import processes
+from keepstep.agent import kernel
 from keepstep.agent.rank.protocol import RankState
 from keepstep.core.beacon import BeaconReader, Phase, Record
 from keepstep.core.durations import COMPUTING_FLOOR_S, HELD_S, Usual, added, bound_s
@@ -23,7 +22,6 @@ LATE_S = 1.0  # a look after longer than this is late
 _COUNTED_MAX_S = 0.5  # the most that one look can prove
 _TOLD_AGAIN_S = 3.0  # a suspicious node is reported with every look for so long
 _GRAVE = frozenset({"stopped", "traced", "zombie", "gone"})
-_STATES = {"T": "stopped", "t": "traced", "D": "blocked", "Z": "zombie", "X": "zombie"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,19 +107,8 @@ def _felt(was: Pulse, pid: int, counter: int, elapsed_s: float) -> Pulse:
 
 
 def _state(pid: int, *, look_closer: bool) -> str:
-    process = processes.read(pid)
-    if process is None:
-        return "gone"
-    word = _STATES.get(process.state, "running")
-    if word == "stopped" or (look_closer and word != "zombie"):
-        return "traced" if _tracer(pid) else word
-    return word
-
-
-def _tracer(pid: int) -> int:
-    """Who debugs a process; a stopped one under a debugger is not stopped by mistake."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("TracerPid:")), 0)
+    """A stopped process under a debugger is not stopped by mistake: where it matters, one looks closer."""
+    process = kernel.process_of(pid)
+    if process == "stopped" or (look_closer and process not in {"gone", "zombie"}):
+        return kernel.standing_of(pid).process
+    return process

@@ -1,4 +1,4 @@
-"""The agent's side of a standby server: one per job, node and key.
+"""The agent's side of a standby server: one per node and key.
 
 A server is keyed by what its imports depended on: interpreter, flags, environment, module list. It
 survives the agent and is found again by its socket. The connection is kept open: a server without one
@@ -12,13 +12,14 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from keepstep.agent.rank import lines, processes
 from keepstep.agent.rank.marker import PLACEHOLDER
-from keepstep.agent.rank.protocol import MARKER
+from keepstep.agent.rank.preload import WANTED, Wanted
+from keepstep.agent.rank.protocol import MARKER, write_atomically
 from keepstep.agent.rank.standby import LOG, SOCKET, STATE
 from keepstep.core.errors import TimedOut, Unreachable
 
@@ -36,6 +37,9 @@ class StandbyState:
     pid: int
     loaded: tuple[str, ...]
     missing: tuple[str, ...]  # with the reason
+    unfit: Mapping[str, str]  # learnt, and left out because a fork would differ
+    reads: tuple[str, ...]  # variables that the imports looked at
+    changed: str  # a file that is no longer what was loaded from it
     load_s: float
     pss_bytes: int
 
@@ -51,10 +55,11 @@ class StandbyServer:
 
     def __init__(
         self, directory: Path, *, interpreter: Sequence[str], env: Mapping[str, str], cwd: str,
-        modules: Sequence[str] = DEFAULT_MODULES,
+        wanted: Wanted,
     ) -> None:  # fmt: skip
         self.directory = directory
-        self._interpreter, self._cwd, self._modules = tuple(interpreter), cwd, tuple(modules)
+        self.state: StandbyState | None = None  # as it was last found
+        self._interpreter, self._cwd, self._wanted = tuple(interpreter), cwd, wanted
         self._env = {**env, MARKER: PLACEHOLDER}
         self._peer: socket.socket | None = None
         self._born: processes.Process | None = None  # one that this agent has started
@@ -64,7 +69,8 @@ class StandbyServer:
         """Find or start the server and wait until it is loaded. Unreachable: it never will be; start cold."""
         try:
             async with asyncio.timeout(timeout_s), self._one:
-                return await self._ensure()
+                self.state = await self._ensure()
+                return self.state
         except TimeoutError:
             what = f"the standby server is not loaded after {timeout_s} s"
             raise TimedOut(what, where=str(self.directory), why=self._why()) from None
@@ -109,10 +115,14 @@ class StandbyServer:
         while True:
             try:
                 hello = (await self._ask({"do": "hello"}))["hello"]
+                if not hello["changed"] or started:
+                    lists = {name: tuple(hello[name]) for name in ("loaded", "missing", "reads")}
+                    return StandbyState(**{**hello, **lists})
+                await self._ask({"do": "stop"})  # a cold start would load what is there now
+                self.close()
+                await self._until_gone(kill=False)
             except Unreachable:
                 pass
-            else:
-                return StandbyState(**hello | {key: tuple(hello[key]) for key in ("loaded", "missing")})
             if not self._alive():
                 if started:
                     raise Unreachable(
@@ -126,7 +136,8 @@ class StandbyServer:
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.directory / STATE).unlink(missing_ok=True)
-        words = [str(_RANK_SIDE), "standby", str(self.directory), ",".join(self._modules)]
+        write_atomically(self.directory / WANTED, asdict(self._wanted))
+        words = [str(_RANK_SIDE), "standby", str(self.directory)]
         try:
             done = subprocess.run(
                 [*self._interpreter, *words], env=self._env, cwd=self._cwd, stdin=subprocess.DEVNULL,

@@ -44,7 +44,8 @@ class Surroundings:
                 workdir = await self.work.folder_for(
                     job, what.bundle, within_s=self.settings.prepare_within_s
                 )
-        return await asyncio.to_thread(preparation.recipe, what, workdir, dict(os.environ))
+        made = await asyncio.to_thread(preparation.recipe, what, workdir, dict(os.environ))
+        return self.standbys.informed(made)
 
     def address(self, nodes: int) -> tuple[str, str]:
         """Address and interface of this node's ranks in a gang of so many nodes."""

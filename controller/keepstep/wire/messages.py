@@ -239,7 +239,7 @@ class Query(Message, tag="query", kw_only=True, frozen=True):
     """Asks for something that is too large or too rare for the state."""
 
     id: int
-    kind: str  # logs | inventory
+    kind: str  # logs | inventory | evidence
     term: int
     params: dict[str, Any] = {}
 

@@ -25,6 +25,7 @@ import logging
 import math
 import mmap
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -174,6 +175,9 @@ def current() -> Session:
 @functools.cache
 def _opened(pid: int) -> Session:
     page = _beacon(pid)
+    hook = sys.modules.get("keepstep_hook")
+    if page is not None and hook is not None:
+        hook.hand_over()  # a page has one writer
     return Session(
         page if page is not None else mmap.mmap(-1, PAGE),
         rank=_number("RANK", 0),

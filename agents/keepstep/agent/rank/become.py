@@ -19,14 +19,16 @@ import signal
 import sys
 import time
 import tokenize
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
 from . import leave
+from .learn import Account
+from .preload import of_a_rank
 from .protocol import LaunchFile
 
 _HERE = os.path.dirname(__file__)  # noqa: PTH120 - compared with code objects' names
@@ -36,7 +38,7 @@ _READ_EARLY = (
     "PYTHON", "LC_", "LANG", "LD_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "MALLOC_", "GLIBC_",
     "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "HF_", "TRANSFORMERS_",
 )  # fmt: skip
-_READ_LATE = ("TORCH_NCCL_",)
+_READ_LATE = ("TORCH_NCCL_", "TORCH_FR_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Loaded:
     env: dict[str, str]  # as started
     changes: dict[str, str]  # what start-up and imports have set in os.environ since
     modules: frozenset[str]  # top-level names
+    reads: frozenset[str] = frozenset()  # variables that the imports looked at
+    given: dict[str, str] = field(default_factory=dict)  # what was set for the imports, as the script does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class Script:
     argv: tuple[str, ...]
     interpreter: tuple[str, ...]
     env: dict[str, str]
+    account: Path | None = None  # where it is told what the script imports
 
 
 def why_cold(launch: LaunchFile, loaded: Loaded) -> str:
@@ -63,9 +68,11 @@ def why_cold(launch: LaunchFile, loaded: Loaded) -> str:
     if launch.interpreter != loaded.interpreter:
         return f"another interpreter or other flags: {' '.join(launch.interpreter)}"
     for name in sorted(
-        {name for rank in launch.ranks for name in _differing({**launch.env, **rank.env}, loaded.env)}
+        {name for rank in launch.ranks for name in _differing({**launch.env, **rank.env}, loaded)}
     ):
         return f"{name} differs from the standby server's"
+    if conflict := contradiction(launch.early, loaded.reads, loaded.given):
+        return conflict
     first = launch.argv[0]
     if first.startswith("-"):
         if first != "-m" or len(launch.argv) < 2:
@@ -78,6 +85,15 @@ def why_cold(launch: LaunchFile, loaded: Loaded) -> str:
         folder = script.resolve().parent
     shadow = _shadowing(folder, loaded.modules)
     return f"{folder / shadow} hides a module that is already loaded" if shadow else ""
+
+
+def contradiction(early: Mapping[str, str | None], reads: Iterable[str], given: Mapping[str, str]) -> str:
+    """Which variable a script sets too late for what is loaded already. `early`: None is an unknown value."""
+    looked = frozenset(reads)
+    for name, value in sorted(early.items()):
+        if _read_early(name, looked) and (value is None or given.get(name) != value):
+            return f"the script sets {name} before its imports, and what is loaded already has looked at it"
+    return ""
 
 
 def become(script: Script, loaded: Loaded) -> NoReturn:
@@ -96,7 +112,13 @@ def become(script: Script, loaded: Loaded) -> NoReturn:
     importlib.invalidate_caches()
     sys.orig_argv = [*script.interpreter, *script.argv]
     body = _module if script.argv[0] == "-m" else _file
-    leave.run(lambda: body(script.argv), ours=_ours, preloaded=frozenset(sys.modules))
+    account = Account(script.account, dict(os.environ)) if script.account else None
+    if account is not None:
+        account.watch()
+    leave.run(
+        lambda: body(script.argv), ours=_ours, preloaded=frozenset(sys.modules),
+        at_end=account.tell if account is not None else lambda: None,
+    )  # fmt: skip
 
 
 def _file(argv: tuple[str, ...]) -> None:
@@ -200,14 +222,15 @@ def _ours(filename: str) -> bool:
     return os.path.dirname(filename) == _HERE  # noqa: PTH120
 
 
-def _differing(wanted: dict[str, str], had: dict[str, str]) -> Iterable[str]:
+def _differing(wanted: dict[str, str], loaded: Loaded) -> Iterable[str]:
+    had = loaded.env
     for name in wanted.keys() | had.keys():
-        if (
-            name.startswith(_READ_EARLY)
-            and not name.startswith(_READ_LATE)
-            and wanted.get(name) != had.get(name)
-        ):
+        if wanted.get(name) != had.get(name) and not of_a_rank(name) and _read_early(name, loaded.reads):
             yield name
+
+
+def _read_early(name: str, reads: Set[str]) -> bool:
+    return name in reads or (name.startswith(_READ_EARLY) and not name.startswith(_READ_LATE))
 
 
 def _decodes(script: Path) -> bool:

@@ -1,7 +1,7 @@
 """The three programs of this folder, and how each leaves its starter.
 
 shim DIR             one attempt's ranks, cold: detached, prints its pid
-standby DIR MODULES  the standby server: detached, prints its pid
+standby DIR          the standby server: detached, prints its pid
 store FD READY HOST  the rendezvous store on a listening socket that was bound beforehand
 """
 
@@ -20,10 +20,9 @@ def main(argv: list[str]) -> None:
         case ["shim", folder]:
             directory = Path(folder)
             _detached(directory / LOG, lambda: shim.main(directory, None))
-        case ["standby", folder, modules]:
+        case ["standby", folder]:
             directory = Path(folder)
-            names = tuple(name for name in modules.split(",") if name)
-            _detached(directory / standby.LOG, lambda: standby.main(directory, names))
+            _detached(directory / standby.LOG, lambda: standby.main(directory))
         case ["store", listener, ready, host]:
             rendezvous.serve(int(listener), int(ready), host)
         case _:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import become, spawn
+from .learn import LEARNT
 from .logs import Output, RotatedLog
 from .protocol import BEACON_PAGE, MARKER, LaunchFile, RankLaunch, RankState
 
@@ -75,7 +76,10 @@ class Gang:
                 MARKER: self._launch.marker,
                 "KEEPSTEP_BEACON_FD": str(member.beacon),
             }
-            around = spawn.Surroundings(env=env, output=end, keep=(member.beacon,), cgroup=cgroup)
+            account = self._directory / LEARNT.format(rank=member.launch.rank)
+            around = spawn.Surroundings(
+                env=env, output=end, keep=(member.beacon,), cgroup=cgroup, account=account
+            )
             pid, member.held = spawn.rank(self._launch, around, loaded, let_go)
             os.close(end)
             log = RotatedLog(

@@ -23,8 +23,17 @@ from typing import NoReturn
 _UNFLUSHED = 120  # the interpreter's exit code when standard output cannot be flushed
 
 
-def run(body: Callable[[], None], *, ours: Callable[[str], bool], preloaded: frozenset[str]) -> NoReturn:
-    """Run a script's body and end this process as it ends. `ours`: files whose frames are not shown."""
+def run(
+    body: Callable[[], None],
+    *,
+    ours: Callable[[str], bool],
+    preloaded: frozenset[str],
+    at_end: Callable[[], None],
+) -> NoReturn:
+    """Run a script's body and end this process as it ends. `ours`: files whose frames are not shown.
+
+    `at_end` is called when the script is over, before anything of it is torn down.
+    """
     code, interrupted = 0, False
     try:
         body()
@@ -35,6 +44,7 @@ def run(body: Callable[[], None], *, ours: Callable[[str], bool], preloaded: fro
         code = _show(error, ours)
     _guarded(threading._shutdown)  # type: ignore[attr-defined]
     _guarded(atexit._run_exitfuncs)
+    _guarded(at_end)
     if not flush(told=True):
         code, interrupted = _UNFLUSHED, False
     _tear_down(preloaded)

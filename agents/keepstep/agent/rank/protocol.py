@@ -60,6 +60,7 @@ class LaunchFile:
     bind_address: str = "127.0.0.1"
     stop: Stop = Stop()
     warm: bool = False
+    early: dict[str, str | None] = field(default_factory=dict)  # set by the script before its imports
     cgroup: str = ""  # a delegated cgroup v2 folder
 
     @property

@@ -29,6 +29,7 @@ class Surroundings:
     output: int  # becomes its standard output and error
     keep: tuple[int, ...]  # descriptors it inherits, by number
     cgroup: Path | None
+    account: Path | None = None  # where a warm rank tells what its script imports
 
 
 def fork(child: Callable[[], None]) -> tuple[int, int]:
@@ -68,10 +69,16 @@ def rank(
         if launch.umask is not None:
             os.umask(launch.umask)
         _limit(launch.limits)
+        env = {
+            **around.env,
+            "KEEPSTEP_RANK_PID": str(os.getpid()),
+        }  # its children can tell that they are not it
         if loaded is not None:
-            script = become.Script(argv=launch.argv, interpreter=launch.interpreter, env=around.env)
+            script = become.Script(
+                argv=launch.argv, interpreter=launch.interpreter, env=env, account=around.account
+            )
             raise Turn(lambda: become.become(script, loaded))
-        execute((*launch.interpreter, *launch.argv) if launch.python else launch.argv, around.env)
+        execute((*launch.interpreter, *launch.argv) if launch.python else launch.argv, env)
 
     return fork(child)
 

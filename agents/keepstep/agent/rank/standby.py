@@ -11,7 +11,6 @@ and no shim of it lives.
 
 import fcntl
 import gc
-import importlib
 import os
 import selectors
 import sys
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import lines, processes, shim
+from . import lines, preload, processes, shim
 from .become import Loaded
 from .marker import PLACEHOLDER, overwrite
 from .protocol import LOG as SHIM_LOG
@@ -32,7 +31,7 @@ LONELY_S = 600.0
 _TICK_S = 10.0
 
 
-def main(directory: Path, modules: tuple[str, ...]) -> None:
+def main(directory: Path) -> None:
     lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,55 +41,31 @@ def main(directory: Path, modules: tuple[str, ...]) -> None:
     state: dict[str, Any] = {"pid": me.pid, "start_ticks": me.start_ticks, "state": "loading", "why": ""}
     write_atomically(directory / STATE, state)
     try:
-        server = Server(directory, *_load(modules), lock)
-    except (_Unfit, ImportError) as error:
+        loaded, outcome = load(preload.Wanted.read(directory))
+        gc.collect()
+        gc.freeze()
+        server = Server(directory, loaded, outcome, lock)
+    except (preload.Unfit, ImportError) as error:
         write_atomically(directory / STATE, state | {"state": "failed", "why": str(error)})
         raise SystemExit(f"unfit to fork ranks: {error}") from error
     write_atomically(directory / STATE, state | {"state": "ready"})
     server.serve()
 
 
-class _Unfit(RuntimeError):
-    """A fork of this process would not be what a cold start is."""
-
-
-def _load(modules: tuple[str, ...]) -> tuple[Loaded, dict[str, Any]]:
-    """Import and freeze. `name?` may be missing."""
-    began = time.monotonic()
+def load(wanted: preload.Wanted) -> tuple[Loaded, preload.Outcome]:
+    """Import what is wanted, and keep what a launch is compared with."""
     block = Path("/proc/self/environ").read_bytes().split(b"\0")
     start = dict(os.fsdecode(entry).partition("=")[::2] for entry in block if entry)
-    missing = []
-    for name in modules:
-        try:
-            importlib.import_module(name.removesuffix("?"))
-        except ImportError as error:
-            if not name.endswith("?"):
-                raise
-            missing.append(f"{name.removesuffix('?')}: {error}")
-    _check()
+    outcome = preload.load(wanted)
     loaded = Loaded(
         interpreter=_interpreter(),
         env={name: value for name, value in start.items() if name != MARKER},
         changes={name: value for name, value in os.environ.items() if start.get(name) != value},
         modules=frozenset(name.partition(".")[0] for name in sys.modules),
+        reads=outcome.reads,
+        given=dict(wanted.given),
     )
-    gc.collect()
-    gc.freeze()
-    hello = {
-        "loaded": [name for name in modules if name.removesuffix("?") in sys.modules],
-        "missing": missing, "load_s": time.monotonic() - began,
-    }  # fmt: skip
-    return loaded, hello
-
-
-def _check() -> None:
-    if (count := processes.threads()) != 1:
-        raise _Unfit(f"{count} threads after the imports: a fork would lose {count - 1}")
-    if Path(f"/proc/self/task/{os.getpid()}/children").read_text().strip():
-        raise _Unfit("the imports started a process")
-    torch = sys.modules.get("torch")
-    if torch is not None and (torch.cuda.is_initialized() or torch.distributed.is_initialized()):
-        raise _Unfit("the imports initialised CUDA or a process group")
+    return loaded, outcome
 
 
 def _interpreter() -> tuple[str, ...]:
@@ -100,8 +75,8 @@ def _interpreter() -> tuple[str, ...]:
 
 
 class Server:
-    def __init__(self, directory: Path, loaded: Loaded, hello: dict[str, Any], lock: int) -> None:
-        self._directory, self._loaded, self._hello, self._lock = directory, loaded, hello, lock
+    def __init__(self, directory: Path, loaded: Loaded, outcome: preload.Outcome, lock: int) -> None:
+        self._directory, self._loaded, self._outcome, self._lock = directory, loaded, outcome, lock
         self._peers: list[lines.Peer] = []
         self._shims: set[int] = set()  # pidfds
         self._stopped = False
@@ -139,7 +114,7 @@ class Server:
         for request in peer.read():
             match request.get("do"):
                 case "hello":
-                    peer.send({"hello": {"pid": os.getpid(), "pss_bytes": _pss_bytes(), **self._hello}})
+                    peer.send({"hello": hello(self._outcome)})
                 case "fork":
                     peer.send(self._fork(Path(request["dir"]), request["marker"]))
                 case "stop":
@@ -193,6 +168,15 @@ class Server:
         self._selector.unregister(held)
         self._shims.discard(held)
         os.close(held)
+
+
+def hello(outcome: preload.Outcome) -> dict[str, Any]:
+    """What an agent is told when it asks: also whether what was loaded is still what is on the disk."""
+    return {
+        "pid": os.getpid(), "pss_bytes": _pss_bytes(), "loaded": outcome.loaded, "missing": outcome.missing,
+        "unfit": dict(outcome.unfit), "reads": sorted(outcome.reads), "load_s": outcome.load_s,
+        "changed": preload.changed(outcome.files),
+    }  # fmt: skip
 
 
 def _pss_bytes() -> int:
