@@ -33,8 +33,9 @@ def recovered(cluster: Cluster, job: str) -> Json:
     """The one incident of a job that trained to its end after it."""
     told = cluster.wait_state(job, "succeeded", "failed")
     assert told["state"] == "succeeded", cluster.story(job)
-    (incident,) = cluster.incidents(job)
-    return incident
+    incidents = cluster.incidents(job)
+    assert len(incidents) == 1, cluster.story(job)
+    return incidents[0]
 
 
 def test_a_stopped_rank_is_named_at_once(start: Start) -> None:

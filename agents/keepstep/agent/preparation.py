@@ -195,6 +195,7 @@ def job_document(launch: Launch, run: LlamaRun) -> dict[str, Any]:
         "checkpoint": launch.checkpoint,
         "restore": restore,
         "lineage": [list(branch) for branch in launch.lineage],
+        "skip_steps": list(launch.skip_steps),
     }
 
 

@@ -2,8 +2,9 @@
 
 Every attempt began from its parent's state after some step, so the attempts of a job form a tree, and the
 present one is the end of a chain. A checkpoint (attempt, step) may be restored only if it lies on that chain:
-its attempt is the last one or an ancestor, and its step is not past the point where the chain left that
-ancestor. What an old attempt wrote later lies on a branch that was left, whatever its step or file time says.
+its attempt is the last one or an ancestor, and its step is neither past the point where the chain left that
+ancestor nor past the last one that is known to be good. What an old attempt wrote later lies on a branch that
+was left, whatever its step or file time says.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ def chain(lineage: Sequence[Link]) -> Mapping[Attempt, Step | None]:
     link = lineage[-1] if lineage else None
     limit: Step | None = None
     while link is not None:
+        if link.good_until is not None:
+            limit = link.good_until if limit is None else min(limit, link.good_until)
         limits[link.attempt] = limit
         if link.parent >= link.attempt or link.parent == NOTHING:
             break  # a lineage that does not go back in time is not followed

@@ -64,6 +64,7 @@ class Update:
     loss: float  # mean over the valid tokens of the global batch, before the update
     grad_norm: float  # global, before clipping
     asks: tuple[bool, ...]  # each question: whether any rank asked it
+    skipped: bool = False  # nothing finite came of its batch, as was known before
 
 
 class Gradients:
