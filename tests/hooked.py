@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepstep.agent.evidence import control_socket
+from keepstep.agent.rank.preload import Wanted
 from keepstep.agent.rankenv import hooked
 from keepstep.agent.shimlink import Ending, Shim
 from keepstep.agent.standby import StandbyServer
@@ -46,7 +47,9 @@ class Shown:
 @contextmanager
 def loaded(folder: Path, env: dict[str, str] = HOOKED) -> Iterator[StandbyServer]:
     """A standby server with torch, so that each test costs no import."""
-    server = StandbyServer(folder, interpreter=(sys.executable,), env=env, cwd="/", modules=MODULES)
+    server = StandbyServer(
+        folder, interpreter=(sys.executable,), env=env, cwd="/", wanted=Wanted(modules=MODULES)
+    )
     asyncio.run(server.ensure(timeout_s=LOAD_S))
     try:
         yield server
