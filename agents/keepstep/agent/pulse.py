@@ -66,6 +66,8 @@ class Pulses:
             counter = records[state.rank].sequence if state.rank in records else 0
             was = before.get(state.rank, Pulse())
             now = self.ranks[state.rank] = _felt(was, state.pid or 0, counter, elapsed_s)
+            if state.rank in beacons:
+                now = self.ranks[state.rank] = replace(now, spent=spent(state.pid or 0, beacons[state.rank]))
             changed = now.process != was.process or was.process_s < HELD_S <= now.process_s
             urgent = urgent or (changed and bool(_GRAVE & {now.process, was.process}))
         still_s = min((pulse.still_s for pulse in self.ranks.values()), default=0.0)

@@ -59,6 +59,7 @@ class Entry:
     earlier: dict[str, Usual] = field(default_factory=dict)  # durations of phases in attempts that are over
     usual: dict[str, Usual] = field(default_factory=dict)  # and with the present one
     examined: deque[tuple[float, Examined]] = field(default_factory=lambda: deque(maxlen=2))
+    due: tuple[str, float] | None = None  # what is waited for, and until which observed time
     examining: bool = False
     found: dict[str, float] = field(default_factory=dict)  # what was told of the attempt, and when
 
@@ -129,6 +130,10 @@ class Entry:
             if row.first_step_at is not None:
                 starts.setdefault(row.rung, []).append(max(0.0, row.first_step_at - row.placed_at))
         return Measured(starts={rung: statistics.median(seconds) for rung, seconds in starts.items()})
+
+    def due_s(self, time: ObservedTime) -> float | None:
+        """When the wait that the job's reason speaks of is over."""
+        return None if self.due is None else max(0.0, self.due[1] - time.now)
 
     def closely(self, time: ObservedTime) -> tuple[Examined, ...]:
         return tuple(replace(one, age_s=time.age(at)) for at, one in self.examined)

@@ -206,10 +206,10 @@ class _Deciding:
         if verdict is None:
             return None
         since_s = job.found.get(verdict.signature)
-        if since_s is not None and since_s >= self.policy.slow_after_s:
-            if worth_a_swap(job, attempt, verdict, self.policy):
-                reason = f"{verdict.what}; a spare takes its place"
-                return End(job=job.id, attempt=attempt.number, verdict=verdict, reason=reason)
+        long = since_s is not None and since_s >= self.policy.slow_after_s
+        if long and worth_a_swap(job, attempt, verdict, self.policy):
+            reason = f"{verdict.what}; a spare takes its place"
+            return End(job=job.id, attempt=attempt.number, verdict=verdict, reason=reason)
         if since_s is not None or len(job.found) >= FOUND_MAX:
             return None
         return Find(job=job.id, attempt=attempt.number, verdict=verdict, reason=verdict.what)

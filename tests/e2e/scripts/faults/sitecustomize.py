@@ -1,4 +1,4 @@
-"""Makes one rank of the built-in trainer fail in the first attempt, as DISTURB says: KIND:RANK:STEP.
+"""Makes one rank of the built-in trainer fail in the first attempt: DISTURB says KIND:RANK:STEP.
 
 On PYTHONPATH of a job under test. The trainer itself is unchanged: its class is wrapped when it is imported.
 """
@@ -44,12 +44,27 @@ def disturb(trainer: Any, kind: str) -> None:
             until = time.perf_counter() + float(os.environ["DISTURB_SECONDS"])
             while time.perf_counter() < until:
                 sum(range(1000))
+        case "nan":
+            spoil(trainer)
         case "flip weights":
             trainer.state.weights.view(torch_int())[11] ^= 1 << 20
         case "flip owned":
             trainer.state.master.view(torch_int())[11] ^= 1 << 20
         case "flip moment":
             trainer.state.exp_avg.view(torch_int())[11] ^= 1 << 20
+
+
+def spoil(trainer: Any) -> None:
+    """This rank's next gradient is not a number, once."""
+    gradients = trainer.optimizer.gradients
+    collect = gradients.collect
+
+    def spoilt(replica: int) -> None:
+        gradients.collect = collect
+        trainer.state.grads[0] = float("nan")
+        collect(replica)
+
+    gradients.collect = spoilt
 
 
 def torch_int() -> Any:
@@ -65,7 +80,7 @@ def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
         mine = os.environ.get("RANK") == rank
         first = os.environ.get("KEEPSTEP_ATTEMPT", "").split("/")[1:2] == ["1"]
         reached = self.state.step >= int(at) if kind == "slow" else self.state.step == int(at)
-        if mine and first and reached:
+        if mine and (first or kind == "nan") and reached:
             disturb(self, kind)
         return step(self, *arguments, **named)
 
