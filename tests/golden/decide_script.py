@@ -19,7 +19,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     found N [process= kernel= interpreter= stack="INNERMOST, ..." groups="NAME:BEGUN/DONE:OP ..."]
     ended N [on= spares= dp= how=]  the last attempt is over; the job recovers
     lineage 1 2<1@60 3<2@70!69 ...  attempt 2 began from attempt 1's step 60; 3 is good until step 69
-    failure [age= blame= attempt= step= signature= node= exit_code= error=]
+    failure [age= blame= attempt= step= signature= node= rank= exit_code= error=]
     stored [1@60 ...] [from= after= error=]    what a node found in the checkpoint folder
     asked NODE=AGE ...
     moment SECONDS KIND [attempt= slots= spare_slots= incident= seconds=]
@@ -352,6 +352,7 @@ class Scene:
             node=Node(said["node"]) if "node" in said else None,
             exit_code=int(said.get("exit_code", 1)),
             error=said.get("error", ""),
+            rank=Rank(int(said["rank"])) if "rank" in said else None,
         )
         self.jobs[self.job] = replace(self.now, failures=(*self.now.failures, failure))
 

@@ -18,7 +18,7 @@ from keepstep.core.ids import Attempt, JobId, Node
 from keepstep.core.layout import Layout
 from keepstep.core.states import NodeState
 from keepstep.decide import price
-from keepstep.decide.budget import budget
+from keepstep.decide.budget import budget, tried_elsewhere
 from keepstep.decide.lying import suspects
 from keepstep.decide.place import (
     Holders,
@@ -226,7 +226,7 @@ def _rung(
     job: JobView, ended: Ended, view: View, held: Holders, policy: Policy
 ) -> _Rung | tuple[Rejected, ...]:
     """The cheapest rung of those that hold; or why none does."""
-    there = survey(job, view.nodes, held, (*ended.nodes, *ended.spares), suspects(job.failures))
+    there = survey(job, view.nodes, held, (*ended.nodes, *ended.spares), _others_first(job, policy))
     impossible: list[Rejected] = []
     fitting: list[tuple[str, Placement]] = []
     for layout in layouts(job.spec):
@@ -251,6 +251,11 @@ def _rung(
     assert taken.placement is not None
     others = price.rejected(taken, priced, job.spec.parallelism.world_size)
     return _Rung(name=taken.name, placement=taken.placement, rejected=(*impossible, *others))
+
+
+def _others_first(job: JobView, policy: Policy) -> frozenset[Node]:
+    """Nodes that are only taken when there are no others."""
+    return suspects(job.failures) | tried_elsewhere(job, policy)
 
 
 def _name(placement: Placement, ended: Ended) -> str:
