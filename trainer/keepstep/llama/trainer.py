@@ -1,7 +1,7 @@
 """One rank's trainer: its share of the model, and a step from data to updated weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -67,8 +67,18 @@ class Trainer:
         """Whether this is the one rank that prints."""
         return self.counts_loss and self.groups.at.dp == 0
 
-    def step(self, asks: Sequence[bool] = ()) -> Update:
-        """Forward, backward and update on the global batch that follows the present step."""
+    def step(
+        self,
+        asks: Sequence[bool] = (),
+        *,
+        says: Callable[[], Sequence[float]] = tuple,
+        gate: Callable[[], None] = lambda: None,
+    ) -> Update:
+        """Forward, backward and update on the global batch that follows the present step.
+
+        `gate` is called before the first gradient collective: what must be complete by then. `says` is asked
+        just before the update.
+        """
         job, state = self.job, self.state
         self.session.phase(Phase.DATA)
         mine = self.optimizer.gradients.mine
@@ -86,9 +96,11 @@ class Trainer:
             if self.counts_loss:
                 losses[replica] = loss
             self.session.phase(Phase.OPTIMIZER)
+            gate()
             self.optimizer.gradients.collect(replica)
         self.parity.check()
-        update = self.optimizer.update(losses, lr=job.optimizer.lr_at(state.step, job.steps), asks=asks)
+        lr = job.optimizer.lr_at(state.step, job.steps)
+        update = self.optimizer.update(losses, lr=lr, asks=asks, says=says())
         self.parity.seal()
         return self._believed(update)
 
