@@ -60,4 +60,9 @@ class Parity:
     def _sums(self) -> Tensor:
         """Of the owned state, and of the weights that were gathered from all owners."""
         state = self._state
-        return torch.stack([part.view(torch.int64).sum() for part in (state.state, state.weights)])
+        return torch.stack([sum_of(part) for part in (state.state, state.weights)])
+
+
+def sum_of(part: Tensor) -> Tensor:
+    """Of all its bits, as 64-bit words; the number of bytes is a multiple of eight."""
+    return part.view(torch.int64).sum()
