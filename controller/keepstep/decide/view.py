@@ -165,9 +165,7 @@ class Link:
     attempt: Attempt
     parent: Attempt = NOTHING
     parent_step: Step = BEGINNING
-    good_until: Step | None = (
-        None  # its later states were found to be wrong; None: nothing is known against it
-    )
+    good_until: Step | None = None  # its later states are wrong; None: nothing is known against it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +262,6 @@ class Measured:
     """What this job's own attempts took, medians."""
 
     starts: Mapping[str, float] = field(default_factory=dict)  # by rung: from the decision to the first step
-    step_s: float = 0.0  # one step of the gang; 0: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
