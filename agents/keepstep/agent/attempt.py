@@ -376,6 +376,7 @@ class Attempt:
                 )
                 for state in self._states
             ),
+            losses=tuple(self.progress.losses),
             phases=phases(self.shim.beacons.values()) if self.shim is not None else (),
         )
 

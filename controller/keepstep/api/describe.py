@@ -48,6 +48,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
         "state": job.state,
         "wanted": job.wanted,
         "reason": job.reason,
+        "due_s": entry.due_s(control.time) if entry and entry.due and entry.due[0] == job.reason else None,
         "pool": job.pool,
         "queue": job.queue,
         "priority": job.priority,

@@ -144,7 +144,8 @@ def _memory(memory: Json) -> str:
 
 def _why(job: Json) -> str:
     told = job.get("waiting_for") or job.get("reason") or ""
-    return f"- {told}" if told else ""
+    due = f" ({units.seconds(job['due_s'])} left)" if job.get("due_s") else ""
+    return f"- {told}{due}" if told else ""
 
 
 def states_of(text: str) -> list[str]:

@@ -50,6 +50,10 @@ def follow(book: Book, fleet: Fleet, member: Member) -> bool:
         status = member.attempts[job, number].status
         if status.phases:
             _learn(entry, fleet, member, status.phases)
+        newest = entry.progress.losses[-1][0] if entry.progress.losses else -1
+        entry.progress.losses.extend((step, loss) for step, loss in status.losses if step > newest)
+        for rank in status.ranks:
+            entry.progress.paces.hear(rank)
         woken = _follow(entry, fleet, status.ranks) or woken
     return woken
 
