@@ -191,9 +191,11 @@ def _try(learnt: tuple[str, ...]) -> dict[str, str]:
 
 def _trial(names: tuple[str, ...]) -> dict[str, str]:
     answer, told = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
-        processes.die_with(os.getppid())
+        processes.die_with(parent)
+        os.setpgid(0, 0)  # what the modules start is ended with it
         try:
             _told(names, lambda word: os.write(told, json.dumps(word).encode() + b"\n"))
         finally:
@@ -205,8 +207,8 @@ def _trial(names: tuple[str, ...]) -> dict[str, str]:
         if not data:
             break
         said += data
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it never came so far
+        os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(answer)
     words = [json.loads(line) for line in said.splitlines() if line.endswith(b"}")]
