@@ -53,5 +53,6 @@ run:
     assert 0 < int(began) < steps
     assert int(done) == steps
     assert all(rank["warm"] for rank in cluster.ranks(job).values()), cluster.story(job)
+    print(cluster.story(job))
     known = [json.loads(path.read_bytes()) for path in node.glob("learnt/*.json")]
     assert not ahead or any(ahead in record["modules"] for record in known)
