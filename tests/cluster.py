@@ -7,14 +7,14 @@ name the home or carry a marker of its jobs, and files in /dev/shm.
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from keepstep.cli import service
 from keepstep.cli.client import Client
-from keepstep.core.beacon import BeaconReader, Phase
+from keepstep.cli.demo import faults
+from keepstep.core.beacon import Phase
 from keepstep.core.errors import KeepstepError, NotFound
 from keepstep.core.home import Home, Running, running_controller
 from keepstep.spec import load, to_dict
@@ -122,27 +122,11 @@ class Cluster:
     ) -> int:
         """Kill -9 while the rank's beacon says that it is in `phase`; returns the step it had completed."""
         pid = int(self.ranks(ref)[rank]["pid"])
-        deadline = time.monotonic() + within_s
-        with beacon_of(pid) as beacon:
-            while time.monotonic() < deadline:
-                record = beacon.read()
-                if record and record.phase is phase and record.step >= after_step:
-                    os.kill(pid, signal.SIGKILL)
-                    return record.step
-        raise AssertionError(f"rank {rank} was never seen in {phase.name} within {within_s} s")
+        return faults.kill_in_phase(pid, phase, after_step=after_step, within_s=within_s) - 1
 
     def lose_node(self, node: str) -> None:
-        """Kill the agent, shims, standby servers and ranks of a node, as a power cut would."""
-        marked = {m.encode() for m in self._markers(node)}
-        folder = f"{self.home.nodes / node}".encode()
-        for _ in range(10):
-            pids = [p for p in _pids() if folder in _cmdline(p) or _marker(p) in marked]
-            if not pids:
-                return
-            for pid in pids:
-                _kill(pid)
-            time.sleep(_POLL_S)
-        raise AssertionError(f"node {node} does not die")
+        """As a power cut would."""
+        faults.lose_node(self.home.nodes / node)
 
     def agent_pid(self, node: str) -> int:
         return int(self.client.get(f"/nodes/{node}")["pid"])
@@ -185,22 +169,6 @@ class Cluster:
     def _markers(self, node: str) -> list[str]:
         jobs = (self.home.nodes / node / "jobs").glob("*/*")
         return [f"{path.parent.name}/{path.name}/{node}" for path in jobs]
-
-
-@contextmanager
-def beacon_of(pid: int) -> Iterator[BeaconReader]:
-    """A rank's beacon, found through its open descriptors."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:keepstep-beacon" in str(entry.readlink()):
-            descriptor = os.open(entry, os.O_RDONLY)
-            try:
-                reader = BeaconReader.of_descriptor(descriptor)
-            finally:
-                os.close(descriptor)
-            yield reader
-            reader.close()
-            return
-    raise AssertionError(f"process {pid} has no beacon")
 
 
 def _shm_files() -> set[str]:

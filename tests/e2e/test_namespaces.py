@@ -5,17 +5,14 @@ A lost node sends nothing, not even FIN: hosts are cut off by dropping their pac
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hosts import Hosts, missing
+from site_of_hosts import AGENTS, Site
 
 LACKING = missing()
 # CI must be able to run these: there they fail with the reason instead of being left out.
@@ -23,88 +20,6 @@ left_out = pytest.mark.skipif(bool(LACKING) and "CI" not in os.environ, reason=L
 pytestmark = [pytest.mark.slow, left_out]
 
 SCRIPT = Path(__file__).parent / "scripts" / "cube.py"
-AGENTS = ("n1", "n2", "n3")
-
-
-class Site:
-    """The hosts with a controller and agents of the static pool on them."""
-
-    def __init__(self, hosts: Hosts, folder: Path) -> None:
-        self.hosts, self.folder = hosts, folder
-        self.home = folder / "controller"
-        self.shared = folder / "shared"
-        self.shared.mkdir()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self) -> None:
-        address = self.hosts.address("ctl", "management")
-        self._spawn("ctl", "controller", "--home", str(self.home), "--nodes", "0", "--host", address)
-        self.until((self.home / "controller.json").exists, "the controller to answer")
-        url = json.loads((self.home / "controller.json").read_text())["url"]
-        token = self.keepstep("token", "create", "join", "--join", "-o", "json")["secret"]
-        for name in AGENTS:
-            file = self.folder / f"{name}.token"
-            file.write_text(token)
-            file.chmod(0o600)
-            self._spawn(
-                name, "agent", "--controller", url, "--token-file", str(file), "--node", name,
-                "--dir", str(self.folder / name), "--slots", "4", "--pool", "static",
-                "--address", self.hosts.address(name, "training"),
-                "--interface", self.hosts.interface("training"),
-            )  # fmt: skip
-        self.until(lambda: len(self._connected()) == 3, "three agents to register")
-
-    def keepstep(self, *arguments: str) -> Any:
-        env = {**os.environ, "KEEPSTEP_HOME": str(self.home)}
-        command = self.hosts.command("ctl", sys.executable, "-m", "keepstep.cli.main", *arguments)
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout) if "json" in arguments else done.stdout.strip()
-
-    def job(self, ref: str) -> Any:
-        return self.keepstep("status", ref, "-o", "json")
-
-    def until(self, condition: Callable[[], Any], what: str, within_s: float = 90.0) -> None:
-        deadline = time.monotonic() + within_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"waited {within_s} s for {what}\n{self._logs()}")
-            time.sleep(0.1)
-
-    def until_step(self, job: str, step: int, *, attempt: int = 1, within_s: float = 120.0) -> None:
-        def reached() -> bool:
-            told = self.job(job)
-            assert told["state"] not in {"failed", "cancelled"}, told["reason"]
-            ranks = self.keepstep("describe", job, "-o", "json").get("ranks", [])
-            now = max((rank["step"] for rank in ranks), default=-1)
-            return bool(told["attempt"] and told["attempt"]["number"] >= attempt and now >= step)
-
-        self.until(reached, f"step {step} of attempt {attempt}", within_s)
-
-    def close(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in self.processes.values():
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def _connected(self) -> list[str]:
-        nodes = self.keepstep("node", "list", "-o", "json")
-        rows = nodes["nodes"] if isinstance(nodes, dict) else nodes
-        return [node["name"] for node in rows if node["connected"]]
-
-    def _spawn(self, host: str, *arguments: str) -> None:
-        log = (self.folder / f"{host}.log").open("ab")
-        command = self.hosts.command(host, sys.executable, "-m", "keepstep.cli.main", *arguments)
-        self.processes[host] = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        log.close()
-
-    def _logs(self) -> str:
-        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
 
 
 @pytest.fixture

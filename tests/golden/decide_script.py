@@ -9,7 +9,12 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     job ID [script] [nodes= gpus= dp= pp= spares= min_dp= priority= fenced ...] [state= wanted= wait= queued=]
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
-    rank N running|waiting|exited [exit= signal= age= order= step= doing= error=]
+    rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
+           [process= held= still= wait=GROUP:SEQUENCE|rank:N]      as the agent's looks found it
+    still SECONDS                   no counter of any rank has moved for so long
+    usual PHASE SECONDS [count= odd=]       what the job has learnt of a phase; `odd`: one took so long
+    look AGE [examining]            a close look began; what it found follows
+    found N [process= kernel= interpreter= stack="INNERMOST, ..." groups="NAME:BEGUN/DONE:OP ..."]
     ended N [on= spares= dp= how=]  the last attempt is over; the job recovers
     lineage 1 2<1@60 ...            attempt 2 began from attempt 1's step 60
     failure [age= blame= attempt= step= signature= node= exit_code= error=]
@@ -28,6 +33,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from keepstep.core.beacon import BINS, bin_of
+from keepstep.core.durations import Usual
 from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.job import (
     Batch,
@@ -53,7 +60,9 @@ from keepstep.decide.view import (
     Asked,
     AttemptView,
     Ended,
+    Examined,
     Failure,
+    Finding,
     Inventory,
     JobView,
     Link,
@@ -62,6 +71,7 @@ from keepstep.decide.view import (
     PartView,
     RankPhase,
     RankView,
+    Recorded,
     Stored,
     View,
     Wanted,
@@ -100,6 +110,7 @@ def spec_of(name: str, said: Words) -> JobSpec:
             fenced="fenced" in said,
             self_fence_s=seconds("self_fence", 30.0),
             orphan_lease_s=seconds("orphan_lease", 1800.0),
+            hang_after_s=float(said["hang_bound"]) if "hang_bound" in said else None,
             hang_after_unknown_s=seconds("hang_after", 600.0),
             restarts=Restarts(max=number("restarts", 20)),
         ),
@@ -235,8 +246,68 @@ class Scene:
                 more[field_name] = convert(said[key])
         part = attempt.parts[self.part]
         ranks = tuple(replace(rank, **more) if rank.rank == number else rank for rank in part.ranks)
+        if "wait" in said:
+            group, _, sequence = said["wait"].partition(":")
+            peer = int(sequence) if group == "rank" else -1
+            wait: dict[str, Any] = {"peer": peer, "group": "pp" if peer >= 0 else group, "waiting_s": 1.0}
+            wait["group_sequence"] = 0 if peer >= 0 else int(sequence)
+            ranks = tuple(replace(rank, **wait) if rank.rank == number else rank for rank in ranks)
         alive = sum(rank.phase is RankPhase.RUNNING for rank in ranks)
         self._set_part(replace(part, ranks=ranks, alive=alive))
+
+    def on_still(self, flags: list[str], _: Words) -> None:
+        attempt = self.now.attempt
+        assert attempt is not None
+        still_s = float(flags[0])
+        parts = tuple(
+            replace(
+                part, ranks=tuple(replace(r, still_s=still_s, counter=max(r.counter, 1)) for r in part.ranks)
+            )
+            for part in attempt.parts
+        )
+        attempt = replace(attempt, parts=parts, step_age_s=still_s, progress_age_s=still_s)
+        self.jobs[self.job] = replace(self.now, attempt=attempt)
+
+    def on_usual(self, flags: list[str], said: Words) -> None:
+        seconds, count = float(flags[1]), int(said.get("count", 1000))
+        bins = [0] * BINS
+        bins[bin_of(round(seconds * 1e9))] = count
+        longest_s = seconds
+        if "odd" in said:
+            longest_s = float(said["odd"])
+            bins[bin_of(round(longest_s * 1e9))] += 1
+        usual = Usual(count=count, origins=4, longest_s=longest_s, bins=tuple(bins))
+        self.jobs[self.job] = replace(self.now, usual={**self.now.usual, flags[0]: usual})
+
+    def on_look(self, flags: list[str], said: Words) -> None:
+        job = self.now
+        if flags[0] != "examining":
+            look = Examined(attempt=Attempt(job.attempts), age_s=float(flags[0]))
+            job = replace(job, examined=(*job.examined, look)[-2:])
+        self.jobs[self.job] = replace(job, examining="examining" in said)
+
+    def on_found(self, flags: list[str], said: Words) -> None:
+        assert self.now.attempt is not None
+        number, layout = Rank(int(flags[0])), self.now.attempt.layout
+        groups = []
+        for word in said.get("groups", "").split():
+            name, figures, op = word.split(":")
+            begun, done = figures.split("/")
+            known = name in ("dp", "pp", "tp")
+            ranks = layout.group(name, number) if known else tuple(map(Rank, range(layout.world_size)))
+            groups.append(Recorded(name=name, ranks=ranks, enqueued=int(begun), completed=int(done), op=op))
+        finding = Finding(
+            rank=number,
+            process=said.get("process", "running"),
+            kernel=said.get("kernel", ""),
+            interpreter=said.get("interpreter", "answers"),
+            stack=tuple(filter(None, said.get("stack", "").split(", "))),
+            groups=tuple(groups),
+        )
+        *before, look = self.now.examined
+        others = tuple(one for one in look.findings if one.rank != number)
+        look = replace(look, findings=(*others, finding))
+        self.jobs[self.job] = replace(self.now, examined=(*before, look))
 
     def on_ended(self, flags: list[str], said: Words) -> None:
         job = self.now
@@ -393,7 +464,12 @@ _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "age": ("exited_age_s", float),
     "order": ("exit_order", int),
     "step": ("step", int),
+    "in": ("doing", str),
     "doing": ("doing_age_s", float),
+    "process": ("process", str),
+    "held": ("process_s", float),
+    "still": ("still_s", float),
+    "counter": ("counter", int),
     "error": ("error", str),
 }
 
@@ -435,6 +511,10 @@ def _what(change: p.JobChange) -> str:
             return f"wait, {change.due_s:g} s"
         case p.Collect():
             return f"COLLECT {change.kind} from {change.node} within {change.within_s:g} s"
+        case p.Examine():
+            return (
+                f"EXAMINE attempt {change.attempt} on {' '.join(change.nodes)} within {change.within_s:g} s"
+            )
         case _:
             raise AssertionError(change)
 
@@ -446,4 +526,5 @@ def _end(change: p.End) -> str:
     who = "" if verdict.rank is None else f" rank {verdict.rank}"
     where = "" if verdict.node is None else f" on {verdict.node}"
     files = f", {change.finish_s:g} s to finish files" if change.finish_s else ""
-    return f"END attempt {change.attempt}: {verdict.kind}{who}{where} ({verdict.blame}){files}"
+    noticed = f"; {verdict.noticed}" if verdict.noticed else ""
+    return f"END attempt {change.attempt}: {verdict.kind}{who}{where} ({verdict.blame}){files}{noticed}"

@@ -46,13 +46,15 @@ def test_marks_reach_the_page(beacon: int) -> None:
     session.stalled(1000)
     session.stalled(500)
     session.checkpointed(10)
+    seen = read(beacon)
+    assert (seen.phase, seen.micro_batch, seen.peer) == (Phase.FORWARD, 3, 7)
     session.step_done(12)
 
     seen = read(beacon)
-    assert (seen.phase, seen.micro_batch, seen.peer) == (Phase.FORWARD, 3, 7)
+    assert (seen.phase, seen.peer) == (Phase.NONE, -1), "what comes after a step is anybody's guess"
     assert (seen.group, seen.group_sequence) == ("tp.1234567890ab", 41)
     assert (seen.launched, seen.completed, seen.stall_ns, seen.batches) == (2, 1, 1500, 1)
-    assert 0 < seen.wait_ns < seen.waiting_ns
+    assert 0 < seen.wait_ns < time.monotonic_ns() - before and seen.waiting_ns == 0
     assert (seen.step, seen.checkpoint_step) == (12, 10)
     assert before <= seen.phase_ns <= seen.step_ns <= time.monotonic_ns()
 

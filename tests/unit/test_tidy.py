@@ -22,6 +22,7 @@ OWN_CLOCK = (
     "controller/keepstep/core/clock.py",
     "controller/keepstep/core/beacon.py",
     "agents/keepstep/agent/rank/",
+    "agents/keepstep/agent/hook/",
     "trainer/keepstep/",
 )
 CLOCKS = {

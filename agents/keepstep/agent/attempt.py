@@ -17,6 +17,7 @@ from keepstep.agent import preparation, report, shimlink
 from keepstep.agent.alone import Solitude
 from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
+from keepstep.agent.pulse import Pulses, phases
 from keepstep.agent.rank.protocol import IDENTITY, LAUNCH, RankState, ShimStatus
 from keepstep.agent.surroundings import Surroundings
 from keepstep.agent.unfinished import let_finish
@@ -43,7 +44,7 @@ class Attempt:
     def __init__(self, order: Order, directory: Path, around: Surroundings) -> None:
         self.launch, self.directory = order.launch, directory
         self.key = order.launch.job, order.launch.attempt
-        self.progress, self.solitude = Progress(), Solitude()
+        self.progress, self.pulses, self.solitude = Progress(), Pulses(), Solitude()
         self.outcome: report.Outcome | None = None
         self.shim: shimlink.Shim | None = None
         self.found = asyncio.Event()  # an adopted one is known again: may be reported
@@ -297,6 +298,8 @@ class Attempt:
         self.outcome = outcome
         try:
             if self.directory.is_dir():
+                for socket in self.directory.glob("control-*.sock"):  # of ranks that could not remove theirs
+                    socket.unlink(missing_ok=True)
                 (self.directory / LAUNCH).unlink(missing_ok=True)  # with secrets, if no shim came to read it
                 durable.write(self.directory / "outcome.json", msgspec.json.encode(outcome))
         except OSError as error:
@@ -323,6 +326,13 @@ class Attempt:
         if self._made is not None and self._warm:
             self._around.standbys.learn(self.launch.job, self._made, self.directory, load=load)
 
+    def feel(self, elapsed_s: float) -> None:
+        """Whether its ranks live and move, `elapsed_s` after the last time."""
+        if self.shim is not None and self._phase == "running":
+            self.progress.refresh(self.shim.beacons)
+            if self.pulses.look(self._states, self.shim.beacons, self.progress.records, elapsed_s):
+                self._around.changed()
+
     # ---------------------------------------------------------------- reports
 
     def status(self) -> AttemptStatus:
@@ -347,10 +357,15 @@ class Attempt:
             unfenced_s=self.solitude.unfenced_s if self._phase == "running" else None,
             ranks=tuple(
                 report.rank_status(
-                    state, self.progress.records.get(state.rank), self._evidence.get(state.rank), now_ns
+                    state,
+                    self.progress.records.get(state.rank),
+                    self._evidence.get(state.rank),
+                    self.pulses.ranks.get(state.rank),
+                    now_ns,
                 )
                 for state in self._states
             ),
+            phases=phases(self.shim.beacons.values()) if self.shim is not None else (),
         )
 
     def _now_ns(self) -> int:

@@ -26,6 +26,10 @@ def error_file(directory: Path, rank: int) -> Path:
     return directory / f"error-{rank}.json"
 
 
+def control_socket(directory: Path, rank: int) -> Path:
+    return directory / f"control-{rank}.sock"
+
+
 def collect(directory: Path, rank: int) -> Evidence:
     lines = _last_lines(log_file(directory, rank))
     error = _error_message(error_file(directory, rank)) or next(

@@ -29,7 +29,7 @@ from keepstep.wire import messages as wire
 
 _log = logging.getLogger("keepstep.agent")
 _OPEN_S = 10.0
-_QUIET_S = 0.02  # changes within this are one report
+_QUIET_S = 0.02  # between two reports: the first change goes out at once, those that follow it together
 _RESEND_S = 10.0  # of events that were not acknowledged, over a connection that lives
 _REFUSED_S = 30.0  # between two tries with credentials that were refused: they may be renewed on disk
 _HERE_MAX_S = 1.0  # between tries at a controller on this machine
@@ -214,14 +214,16 @@ class Link:
     # ---------------------------------------------------------------- what goes out
 
     async def _report(self, socket: ClientConnection, every_s: float) -> None:
+        reported = self._clock.monotonic()
         while True:
             try:
                 async with asyncio.timeout(every_s):
                     await self._changed.wait()
-                await asyncio.sleep(_QUIET_S)
+                await asyncio.sleep(max(0.0, reported + _QUIET_S - self._clock.monotonic()))
             except TimeoutError:
                 pass
             self._changed.clear()
+            reported = self._clock.monotonic()
             state = self._next_state()
             await self._send_state(socket, state, state.sequence)
 

@@ -8,7 +8,7 @@ how it ended is on disk, and a new agent finds everything again. See `folder` fo
        |           '-- progress, evidence, report                               what is told
     link ---- endpoint, spool                                                   to the controller and back
     watch --- alone                                                             beacons, and silence
-    queries - logs                                                              what is asked for
+    queries - logs, inquiry (kernel, controlserver, recorder, stacks, ras)      what is asked for
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.wire import messages as wire
 
 _log = logging.getLogger("keepstep.agent")
-_CAPABILITIES = ("logs", "inventory", "warm", "points")
+_CAPABILITIES = ("logs", "inventory", "warm", "points", "evidence")
 _SETTLE_S = 10.0
 _TICK_S = 0.5
 _TEXT_MAX = 2000

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from keepstep.agent import learnt, rankenv, secrets, setting
-from keepstep.agent.evidence import error_file
+from keepstep.agent import learnt, rankenv, ras, secrets, setting
+from keepstep.agent.evidence import control_socket, error_file
 from keepstep.agent.rank.protocol import LaunchFile, RankLaunch, Rotate, Stop
 from keepstep.agent.standby import DEFAULT_MODULES, TRAINER_MODULES
 from keepstep.core import checkpoints, durable
@@ -106,6 +106,8 @@ def recipe(run: LlamaRun | CommandRun, workdir: Path, environ: Mapping[str, str]
         **secrets.resolve((), run.secrets, environ),
     }
     env.setdefault("PYTHONUNBUFFERED", "1")  # what a rank printed must not die with it
+    if run.hook:
+        env = rankenv.hooked(env)
     if isinstance(run, LlamaRun):
         interpreter: tuple[str, ...] = (sys.executable,)
         argv, python = TRAINER, True
@@ -151,7 +153,11 @@ def launch_file(launch: Launch, made: Recipe, site: Site) -> LaunchFile:
             local_rank=k,
             slot=site.slots[k],
             env=rankenv.rank_env(
-                place, k, error_file=str(error_file(site.directory, rank)), job_file=job_file
+                place,
+                k,
+                error_file=str(error_file(site.directory, rank)),
+                job_file=job_file,
+                control=str(control_socket(site.directory, rank)) if made.run.hook else "",
             ),
         )
         for k, rank in enumerate(launch.ranks)
@@ -161,7 +167,10 @@ def launch_file(launch: Launch, made: Recipe, site: Site) -> LaunchFile:
         job=launch.job, attempt=launch.attempt, node=site.node, world_size=launch.world_size,
         nodes=len(launch.nodes), node_rank=launch.node_rank, ranks=ranks, argv=made.argv, python=made.python,
         interpreter=made.interpreter, cwd=str(made.cwd),
-        env=rankenv.node_env(place, made.env, interface=site.interface, gpus=site.gpus),
+        env=rankenv.node_env(
+            place, made.env, interface=site.interface, gpus=site.gpus,
+            flights=str(site.directory / "flight-"), ras_port=ras.reserve(site.directory) if site.gpus else 0,
+        ),
         umask=run.umask, limits=dict(run.limits), rotate=Rotate(bytes=run.logs.bytes, files=run.logs.files),
         store=launch.node_rank == 0, bind_address=site.address,
         stop=Stop(signal=run.stop.signal, grace_s=run.stop.grace_s), warm=bool(made.modules),

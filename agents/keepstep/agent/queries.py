@@ -1,4 +1,4 @@
-"""Answers to the controller's questions: log lines, and what lies in a checkpoint folder.
+"""Answers to the controller's questions: log lines, what lies in a checkpoint folder, what ranks are doing.
 
 logs       job, attempt? (the newest here), ranks?, tail?, after? {rank: cursor}, max_bytes?, wait_s?, grep?,
            since_s? (whole files that were last written longer ago are left out: lines carry no time),
@@ -6,6 +6,7 @@ logs       job, attempt? (the newest here), ranks?, tail?, after? {rank: cursor}
            -> {attempt, latest, lines: [[rank, line]...], after: {rank: cursor}, lost: [rank...],
                more: there is more at once, end: there never will be}
 inventory  dir -> {checkpoints: [[attempt, step, complete]...], fence: attempt|null}
+evidence   what each rank is doing: see inquiry
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.agent import logs
+from keepstep.agent import inquiry, logs
 from keepstep.agent.attempt import Attempt
 from keepstep.agent.launches import Launches
 from keepstep.core import checkpoints
@@ -38,6 +39,8 @@ async def answer(query: Query, launches: Launches, clock: Clock) -> Answer:
                 data = await _logs(query.params, launches, clock)
             case "inventory":
                 data = await asyncio.to_thread(_inventory, query.params)
+            case "evidence":
+                data = await inquiry.gather(query.params, launches)
             case _:
                 raise InputError(f"this agent does not know the question {query.kind!r}")
     except (KeepstepError, OSError, ValueError, TypeError, LookupError, re.error) as error:

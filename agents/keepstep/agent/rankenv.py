@@ -4,9 +4,14 @@ MASTER_ADDR, MASTER_PORT, TORCHELASTIC_USE_AGENT_STORE, KEEPSTEP_ATTEMPT and KEE
 they are known only when the attempt goes, and the shim adds them. Pure: the caller reads the environment.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from keepstep.core import beacon
+
+HOOK = Path(__file__).with_name("hook")
 MAX_RESTARTS = 1000  # told to scripts only: the budget itself is the controller's
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 _OF_AN_OUTER_LAUNCH = frozenset({
@@ -37,10 +42,34 @@ def inherited(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def hooked(env: Mapping[str, str]) -> dict[str, str]:
+    """With keepstep.agent.hook.keepstep_hook in reach of every Python, behind what the job has on its path.
+
+    KEEPSTEP_HOOK=0 in the job's own environment turns it off.
+    """
+    if env.get("KEEPSTEP_HOOK") == "0":
+        return dict(env)
+    path = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return {
+        **env,
+        "PYTHONPATH": os.pathsep.join([*path, str(HOOK)]),
+        "KEEPSTEP_BEACON_CODE": beacon.__file__,
+    }
+
+
 def node_env(
-    place: Place, given: Mapping[str, str], *, interface: str, gpus: Sequence[str]
+    place: Place,
+    given: Mapping[str, str],
+    *,
+    interface: str,
+    gpus: Sequence[str],
+    flights: str = "",
+    ras_port: int = 0,
 ) -> dict[str, str]:
     """The environment that all ranks of a node share. `given` is the job's own and wins where it is a choice.
+
+    `flights`: where NCCL's flight recorders are dumped, as the beginning of a path. `ras_port`: this job's
+    own, since processes that share one answer each other's questions.
 
     `gpus`: the devices of this attempt on this node in local-rank order. Every rank sees all of them and
     picks its own by LOCAL_RANK, as under torchrun.
@@ -67,10 +96,18 @@ def node_env(
             env.setdefault(name, interface)
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        if not env.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
+            env["TORCH_FR_BUFFER_SIZE"] = "2000"
+        if flights and not env.keys() & {"TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}:
+            env["TORCH_FR_DUMP_TEMP_FILE"] = flights
+        if ras_port:
+            env.setdefault("NCCL_RAS_ADDR", f"127.0.0.1:{ras_port}")
     return env
 
 
-def rank_env(place: Place, local_rank: int, *, error_file: str, job_file: str = "") -> dict[str, str]:
+def rank_env(
+    place: Place, local_rank: int, *, error_file: str, job_file: str = "", control: str = ""
+) -> dict[str, str]:
     """What is one rank's alone."""
     rank = place.ranks[local_rank]
     env = {
@@ -81,4 +118,6 @@ def rank_env(place: Place, local_rank: int, *, error_file: str, job_file: str = 
     }
     if job_file:
         env["KEEPSTEP_JOB_FILE"] = job_file
+    if control:
+        env["KEEPSTEP_CONTROL"] = control
     return env

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from keepstep.agent.evidence import Evidence
+from keepstep.agent.pulse import Pulse
 from keepstep.agent.rank.protocol import RankState
 from keepstep.core.beacon import Record, age_s
 from keepstep.wire.messages import AttemptStatus, RankStatus
@@ -36,9 +37,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rank_status(
-    state: RankState, record: Record | None, evidence: Evidence | None, now_ns: int
+    state: RankState, record: Record | None, evidence: Evidence | None, pulse: Pulse | None, now_ns: int
 ) -> RankStatus:
     record = record or Record()
+    pulse = pulse if state.state == "running" else None
+    moved = pulse is not None and pulse.counter != record.sequence  # since the last look
     evidence = evidence or Evidence()
     return RankStatus(
         rank=state.rank,
@@ -57,6 +60,9 @@ def rank_status(
         counter=record.sequence,  # every mark moves it
         checkpoint_step=record.checkpoint_step,
         snapshot_step=record.snapshot_step,
+        process=pulse.process if pulse else "",
+        process_s=pulse.process_s if pulse else 0.0,
+        still_s=None if pulse is None else 0.0 if moved else pulse.still_s,
         stall_s=record.stall_ns / 1e9,
         waiting_s=age_s(record.waiting_ns, now_ns),
         wait_s=record.wait_ns / 1e9,

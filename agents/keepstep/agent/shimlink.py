@@ -42,7 +42,7 @@ __all__ = [
 
 RANK_SIDE = Path(__file__).with_name("rank") / "__main__.py"
 
-_RETRY_S = 0.02  # between two looks at something that no descriptor tells us about
+_RETRY_S, _RETRY_FIRST_S = 0.02, 0.002  # between two looks at what no descriptor tells us about
 _ANSWER_S = 30.0  # a shim answers in milliseconds; on a loaded machine in seconds
 _DESCRIPTORS = 253  # the kernel's limit for one message
 
@@ -139,19 +139,29 @@ class Shim:
         raise self._lost()
 
     async def changes(self) -> AsyncIterator[ShimStatus]:
-        """The present status, then each newer one; states in between may be left out. Ends with the shim."""
+        """The present status, then each newer one; states in between may be left out.
+
+        Ends with the attempt, or with the shim.
+        """
         while True:
             status = self.status
             yield status
+            if status.phase == "dead":
+                return
             while status == self.status:
                 if self._gone.is_set() or self._cut:
                     return
                 await self._changed.wait()
 
     async def ended(self, *, timeout_s: float | None = None) -> Ending:
-        """Wait until the shim is gone and say how the attempt ended; sweep if it was killed."""
+        """Wait until the attempt is dead and say how it ended; sweep if the shim was killed.
+
+        A shim that says "dead" has ended everything and written its result: its own exit, which takes as
+        long as letting go of its memory does, is nothing to wait for.
+        """
         async with _deadline(timeout_s, f"the shim of {self.marker} still runs", self.directory):
-            await self._gone.wait()
+            while self.status.phase != "dead" and not self._gone.is_set():
+                await self._changed.wait()
             async with self._one:
                 if self._ending is None:
                     self._ending = await self._find_ending()
@@ -259,7 +269,7 @@ class Shim:
         )  # fmt: skip
 
     async def _find_ending(self) -> Ending:
-        while not self._cut:  # what it sent before it ended is still in the socket
+        while self.status.phase != "dead" and not self._cut:  # what it sent before it ended is in the socket
             await asyncio.sleep(0)
             self._read()
         if ending := read_result(self.directory):
@@ -285,6 +295,7 @@ def _start_cold(directory: Path, marker: str) -> int:
 async def _found(directory: Path, marker: str, pid: int) -> Shim:
     """Connect to a shim that was just started."""
     process = processes.read(pid)
+    pause_s = _RETRY_FIRST_S  # a forked one listens after some milliseconds
     while True:
         if shim := await _try_connect(directory):
             return shim
@@ -293,7 +304,8 @@ async def _found(directory: Path, marker: str, pid: int) -> Shim:
             raise Unreachable(
                 "the shim ended before it could be reached", where=marker, why=last_words(directory)
             )
-        await asyncio.sleep(_RETRY_S)
+        await asyncio.sleep(pause_s)
+        pause_s = min(_RETRY_S, 1.5 * pause_s)
 
 
 async def _try_connect(directory: Path) -> Shim | None:

@@ -42,6 +42,7 @@ class Watch:
         self._answered_at = answered_at
         for attempt in living:
             stepped = attempt.look(points=True)
+            attempt.feel(elapsed_s)
             attempt.solitude = attempt.solitude.tick(
                 elapsed_s, PERIOD_S, answered_s=answered, stepped=stepped
             )

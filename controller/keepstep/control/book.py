@@ -5,16 +5,18 @@ it. Beside the rows stands what only a running controller knows: how far the gan
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from keepstep.control.observed import ObservedTime
+from keepstep.core.durations import Usual, added
 from keepstep.core.ids import Attempt, JobId, Node, Step
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
-from keepstep.decide.view import Asked, Ended, Failure, Inventory, Link
+from keepstep.decide.view import Asked, Ended, Examined, Failure, Inventory, Link
 from keepstep.spec import from_dict
 from keepstep.store import Store
 from keepstep.store.rows import AttemptRow, Incident, Job
+from keepstep.wire.messages import PhaseSeen
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Progress:
     replaying: bool = True  # has not come past the newest step of earlier attempts yet
     stall_s: float = 0.0  # training time lost to checkpoints, the most of any rank
     checkpoint_step: int = -1
+    phases: dict[Node, tuple[PhaseSeen, ...]] = field(default_factory=dict)  # as each node last told
+    learnt_at: float = -1.0  # observed time at which they were last added up
 
 
 @dataclass(slots=True)
@@ -48,6 +52,10 @@ class Entry:
     queued_at: float = 0.0
     inventory: Inventory | None = None
     asked: dict[Node, tuple[str, float]] = field(default_factory=dict)
+    earlier: dict[str, Usual] = field(default_factory=dict)  # durations of phases in attempts that are over
+    usual: dict[str, Usual] = field(default_factory=dict)  # and with the present one
+    examined: deque[tuple[float, Examined]] = field(default_factory=lambda: deque(maxlen=2))
+    examining: bool = False
 
     @property
     def present(self) -> AttemptRow | None:
@@ -91,6 +99,19 @@ class Entry:
             )
             for incident in reversed(self.incidents)
         )
+
+    def learn(self) -> None:
+        """Add up how long phases take."""
+        parts: dict[str, list[Usual]] = {phase: [usual] for phase, usual in self.earlier.items()}
+        for told in self.progress.phases.values():
+            for seen in told:
+                parts.setdefault(seen.phase, []).append(
+                    Usual(count=seen.count, origins=seen.ranks, longest_s=seen.longest_s, bins=seen.bins)
+                )
+        self.usual = {phase: added(each) for phase, each in parts.items()}
+
+    def closely(self, time: ObservedTime) -> tuple[Examined, ...]:
+        return tuple(replace(one, age_s=time.age(at)) for at, one in self.examined)
 
     def asking(self, time: ObservedTime) -> tuple[Asked, ...]:
         return tuple(
@@ -143,8 +164,11 @@ class Book:
         entry.job, entry.attempts, entry.incidents = job, attempts, rows.incidents
         number = attempts[-1].number if attempts else 0
         if entry.progress.attempt != number:
+            entry.learn()
+            entry.earlier = entry.usual
             entry.progress = Progress(attempt=number, moved_at=self._time.now)
             entry.inventory, entry.asked = None, {}
+            entry.examined.clear()
         state = attempts[-1].state if attempts else ""
         progress = entry.progress
         if progress.state != state:

@@ -125,7 +125,7 @@ def commit(writer: Writer, entry: Entry, view: JobView, change: p.JobChange) -> 
             if change.reason != entry.job.reason:
                 writer.update_job(entry.job.id, reason=change.reason)
                 pen.tell("waiting")
-        case p.Collect():
+        case p.Collect() | p.Examine():
             pass  # a question to an agent, nothing to remember
         case _:
             assert_never(change)
@@ -210,6 +210,9 @@ def _end(pen: _Pen, change: p.End) -> None:
             "signature": verdict.signature,
             "step": pen.view.attempt.step if pen.view.attempt else -1,
             "began_s": verdict.began_s,
+            "noticed": verdict.noticed,
+            "bound_s": verdict.bound_s,
+            "confidence": verdict.confidence,
             "lines": verdict.evidence,
             "exit_code": verdict.exit_code,
             "error": verdict.error,

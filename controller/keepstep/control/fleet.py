@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from keepstep.control.observed import ObservedTime
+from keepstep.core.durations import COMPUTING_FLOOR_S, HELD_S
 from keepstep.core.errors import TimedOut, Unreachable
 from keepstep.core.ids import Node
 from keepstep.core.states import NODE, NodeEvent, NodeState
@@ -192,5 +193,12 @@ class Fleet:
 
 def _matters(status: wire.AttemptStatus) -> object:
     """The part of a report that decisions turn on: not the ages, not each step."""
-    ranks = tuple((r.rank, r.state, r.exit_code, r.signal, r.step >= 0) for r in status.ranks)
+    ranks = tuple((r.rank, r.state, r.exit_code, r.signal, r.step >= 0, *_trouble(r)) for r in status.ranks)
     return status.phase, status.alive == 0, status.master, status.reason, ranks
+
+
+def _trouble(rank: wire.RankStatus) -> tuple[str, bool, float]:
+    """A process that does not run, and stillness: each report of it is news once it may be a hang."""
+    odd = rank.process if rank.process not in {"running", "blocked"} else ""
+    still_s = rank.still_s or 0.0
+    return odd, bool(odd) and rank.process_s >= HELD_S, still_s if still_s >= COMPUTING_FLOOR_S else 0.0

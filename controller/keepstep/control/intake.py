@@ -25,6 +25,7 @@ _SHOWN = {
     "orphans",
 }
 _TEXT_MAX = 500
+_LEARN_EVERY_S = 1.0
 
 
 def resume(book: Book, fleet: Fleet, member: Member) -> None:
@@ -46,8 +47,19 @@ def follow(book: Book, fleet: Fleet, member: Member) -> bool:
         if entry is None or entry.progress.attempt != number:
             continue
         status = member.attempts[job, number].status
+        if status.phases:
+            _learn(entry, fleet, member, status.phases)
         woken = _follow(entry, fleet, status.ranks) or woken
     return woken
+
+
+def _learn(entry: Entry, fleet: Fleet, member: Member, phases: tuple[wire.PhaseSeen, ...]) -> None:
+    """Durations of phases, added up anew once in a while: they change slowly."""
+    progress = entry.progress
+    progress.phases[member.name] = phases
+    if progress.learnt_at < 0 or fleet.time.age(progress.learnt_at) >= _LEARN_EVERY_S:
+        progress.learnt_at = fleet.time.now
+        entry.learn()
 
 
 def _follow(entry: Entry, fleet: Fleet, ranks: Iterable[wire.RankStatus]) -> bool:

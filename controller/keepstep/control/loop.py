@@ -6,7 +6,7 @@ controller that dies between the two finds the desired state in its store and go
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from keepstep.control import intake
 from keepstep.control.book import Book, Entry
 from keepstep.control.commit import commit, mark
 from keepstep.control.desired import checkpoint_folder, desired
+from keepstep.control.examination import closely
 from keepstep.control.fleet import Fleet, Member, Session
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
@@ -170,7 +171,10 @@ class Controller:
         changed: list[JobId] = []
         marked: dict[Node, tuple[NodeState, NodeState]] = {}
         jobs = {job.id: job for job in view.jobs}
-        writes = [c for c in plan.changes if not isinstance(c, p.Collect) and self._is_news(c)]
+        questions = (p.Collect, p.Examine)
+        writes = [c for c in plan.changes if not isinstance(c, questions) and self._is_news(c)]
+        for look in (c for c in plan.changes if isinstance(c, p.Examine)):
+            self._examine(look)
         for question in (c for c in plan.changes if isinstance(c, p.Collect)):
             self._ask(question)
 
@@ -297,10 +301,34 @@ class Controller:
             return
         self._asking.add(question.job)
         entry.asked[question.node] = (question.kind, self.time.now)
-        task = asyncio.create_task(self._inventory(entry, question))
+        self.begin(self._inventory(entry, question)).add_done_callback(
+            lambda _: self._asking.discard(question.job)
+        )
+
+    def _examine(self, look: p.Examine) -> None:
+        entry = self.book.entries[look.job]
+        if not entry.examining:
+            log.info("%s: %s", look.job, look.reason)
+            entry.examining = True
+            self.begin(self._examined(entry, look))
+
+    async def _examined(self, entry: Entry, look: p.Examine) -> None:
+        try:
+            found = await closely(
+                self.fleet, look.job, look.attempt, look.nodes, term=self.store.term, within_s=look.within_s
+            )
+            if entry.job.attempt == look.attempt:
+                entry.examined.append((self.time.now, found))
+        finally:
+            entry.examining = False
+            self.wake()
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Something that goes on beside the cycle, and ends with it at the latest."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: self._asking.discard(question.job))
+        return task
 
     async def _inventory(self, entry: Entry, question: p.Collect) -> None:
         after = Attempt(entry.attempts[-1].number if entry.attempts else 0)

@@ -52,6 +52,9 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         attached=job.attached_node,
         incident=incident.id if incident else None,
         ended=entry.ended(),
+        usual=entry.usual,
+        examined=entry.closely(fleet.time),
+        examining=entry.examining,
     )
 
 
@@ -106,6 +109,20 @@ def _rank(status: wire.RankStatus, heard: Heard, fleet: Fleet) -> RankView:
         doing=status.phase,
         doing_age_s=None if status.phase_age_s is None else status.phase_age_s + since,
         error=status.error,
+        local_rank=status.local_rank,
+        process=status.process,
+        process_s=status.process_s,
+        still_s=status.still_s,
+        micro_batch=status.micro_batch,
+        counter=status.counter,
+        waiting_s=None if status.waiting_s is None else status.waiting_s + since,
+        group=status.group,
+        group_sequence=status.group_sequence,
+        peer=status.peer,
+        launched=status.launched,
+        completed=status.completed,
+        batches=status.batches,
+        wait_s=status.wait_s,
     )
 
 

@@ -161,6 +161,7 @@ class Process:
     warn: Warn | None = None
     warm: Literal["auto", "never"] = "auto"  # start ranks from a process that has torch loaded
     preload: tuple[str, ...] = ()  # modules that process imports, beside what keepstep knows by itself
+    hook: bool = True  # progress and evidence from inside of unchanged scripts
     logs: Logs = Logs()
 
 

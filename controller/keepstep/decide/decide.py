@@ -13,16 +13,19 @@ from keepstep.core.ids import JobId, Node, Step
 from keepstep.core.states import AttemptState, JobState, NodeEvent, NodeState
 from keepstep.decide.budget import worn_out
 from keepstep.decide.death import death, fenced, orphan_lease_s
-from keepstep.decide.judge import Pending, judge
+from keepstep.decide.hung import STANDS, Suspicion
+from keepstep.decide.judge import judge
 from keepstep.decide.place import could_ever, layouts, listed, missing, place, stand_by, survey
 from keepstep.decide.plan import (
     Complete,
     Dead,
     End,
+    Examine,
     GiveUp,
     Go,
     JobChange,
     MarkNode,
+    Pending,
     Place,
     Plan,
     Policy,
@@ -165,6 +168,11 @@ class _Deciding:
         verdict = judge(job, attempt, self.nodes, self.policy, self.returned)
         if isinstance(verdict, Pending):
             return Wait(job=job.id, reason=verdict.reason, due_s=verdict.due_s)
+        if isinstance(verdict, Suspicion):
+            within_s, number = self.policy.examine_within_s, attempt.number
+            return Examine(
+                job=job.id, attempt=number, reason=verdict.reason, nodes=verdict.nodes, within_s=within_s
+            )
         if verdict is not None:
             finish_s = 0.0 if fenced(job.spec) else FINISH_S
             reason = (
@@ -177,6 +185,9 @@ class _Deciding:
             case AttemptState.STARTING if attempt.stepped:
                 reason = f"attempt {attempt.number} completed step {attempt.step}"
                 return Stepped(job=job.id, attempt=attempt.number, step=Step(attempt.step), reason=reason)
+            case _ if job.reason.startswith(STANDS):
+                reason = f"attempt {attempt.number} goes on: its ranks move again"
+                return Wait(job=job.id, reason=reason, due_s=self.policy.say_still_s)
             case _:
                 return self._unanswered(job, attempt)
 

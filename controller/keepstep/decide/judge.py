@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from keepstep.core.ids import Node
 from keepstep.core.states import AttemptState, NodeState
 from keepstep.decide.death import orphan_lease_s
+from keepstep.decide.hung import Suspicion, hung
 from keepstep.decide.place import count, listed
-from keepstep.decide.plan import Policy, Verdict
+from keepstep.decide.plan import Pending, Policy, Verdict
 from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, PartView, RankPhase, RankView
 
 Nodes = Mapping[Node, NodeView]
@@ -38,14 +39,6 @@ _JOBS_FAULT = re.compile(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pending:
-    """Something is wrong, but its cause may still be on its way."""
-
-    reason: str
-    due_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Exit:
     part: PartView
     rank: RankView
@@ -62,7 +55,7 @@ class _Exit:
 
 def judge(
     job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy, returned: bool
-) -> Verdict | Pending | None:
+) -> Verdict | Pending | Suspicion | None:
     """`returned`: agents had their time to come back after this controller's start."""
     return (
         _refused(attempt)
@@ -71,6 +64,7 @@ def judge(
         or _vanished(attempt)
         or (_silent(job, attempt, nodes, policy) if returned else None)
         or _stalled(job, attempt, policy)
+        or hung(job, attempt, policy)
         or _exited_early(job, attempt)
     )
 
@@ -101,7 +95,7 @@ def _crashed(attempt: AttemptView, nodes: Nodes, policy: Policy) -> Verdict | Pe
         return None
     cause = _cause(exits, policy.settle_s)
     if cause.like_a_victim:
-        elsewhere = _of_a_peer(attempt, cause, exits, nodes, policy)
+        elsewhere = _left_before(attempt, cause) or _of_a_peer(attempt, cause, exits, nodes, policy)
         if elsewhere is not None:
             return elsewhere
     rank, others = cause.rank, len(exits) - 1
@@ -162,6 +156,27 @@ def _of_a_peer(
     return _silence_verdict(
         away, f"{victim}, like one whose peer went first, and {names} is silent", cause.age_s
     )
+
+
+def _left_before(attempt: AttemptView, cause: _Exit) -> Verdict | None:
+    """A rank that exited 0 while others still needed it: they fell over its closed connections."""
+    for part in attempt.parts:
+        for rank in part.ranks:
+            left = rank.phase is RankPhase.EXITED and rank.exit_code == 0
+            if not left or (rank.exited_age_s or 0.0) < cause.age_s:
+                continue
+            return Verdict(
+                kind="exited early",
+                what=f"rank {rank.rank} on {part.node} exited 0 after step {rank.step}, and rank "
+                f"{cause.rank.rank} on {cause.part.node}, which needed it, died of {_how(cause.rank)}",
+                blame=JOB,
+                rank=rank.rank,
+                node=part.node,
+                began_s=rank.exited_age_s or 0.0,
+                signature=signature("exited early", ""),
+                evidence=(f"rank {cause.rank.rank} on {cause.part.node}: {cause.rank.error}",),
+            )
+    return None
 
 
 def _quiet(part: PartView, node: NodeView | None, bound_s: float) -> bool:

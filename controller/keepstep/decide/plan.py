@@ -22,7 +22,7 @@ class Rejected:
 class Verdict:
     """What went wrong with an attempt, who is to blame, and how one knows."""
 
-    kind: str  # crashed | node lost | silent | stalled start | refused | exited early
+    kind: str  # crashed | node lost | silent | stalled start | refused | exited early | hung | slow | lying
     what: str  # one sentence
     blame: str  # "job" | "infrastructure"
     rank: Rank | None = None  # the culprit
@@ -32,6 +32,9 @@ class Verdict:
     evidence: tuple[str, ...] = ()
     exit_code: int | None = None  # the culprit's; 128 + n for signal n
     error: str = ""  # the culprit's first error line
+    noticed: str = ""  # what crossed which bound; "" where its age says enough
+    bound_s: float | None = None
+    confidence: float = 1.0  # that it is this culprit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,13 +143,44 @@ class Collect(Change):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Examine(Change):
+    """Look closely at every rank of an attempt; what was found comes in a later view."""
+
+    attempt: Attempt
+    nodes: tuple[Node, ...]
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """Something is wrong, or may be, but nothing can be done about it yet."""
+
+    reason: str
+    due_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MarkNode:
     node: Node
     event: NodeEvent
     reason: str
 
 
-JobChange = Place | StandBy | Go | Stepped | End | Dead | Complete | Requeue | GiveUp | Rest | Wait | Collect
+JobChange = (
+    Place
+    | StandBy
+    | Go
+    | Stepped
+    | End
+    | Dead
+    | Complete
+    | Requeue
+    | GiveUp
+    | Rest
+    | Wait
+    | Collect
+    | Examine
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +209,13 @@ class Policy:
     no_progress_max: int = 10  # attempts in a row without a new step, whoever is to blame
     grow_after_s: float = 10.0  # a returned node must have been ready for this long
     grow_within_s: float = 600.0  # how long growing waits for a checkpoint to grow from
+    examine_within_s: float = 3.0  # for agents to say how their ranks are
+    examine_again_s: float = 30.0  # what was seen closely longer ago is looked at anew before it counts
+    examine_soon_s: float = 1.0  # between two looks that must agree
+    suspect_s: float = (
+        5.0  # a standstill in an unknown phase is looked at closely from here on at the earliest
+    )
+    say_still_s: float = 60.0  # and told of from here on
     settle_s: float = 1.0  # how long a death that looks like a peer's fault waits for word of that peer
     step_bound_factor: float = 3.0  # a gang has stopped when it is this many usual steps late
     in_place_max: int = 3  # fruitless failures that began on one node, before others are tried first

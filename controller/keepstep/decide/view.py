@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from keepstep.core.durations import Usual
 from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
@@ -76,10 +77,58 @@ class RankView:
     doing: str = ""  # the beacon's phase
     doing_age_s: float | None = None
     error: str = ""
+    local_rank: int = 0
+    process: str = ""  # running | stopped | traced | blocked | zombie | gone; "": nobody looked
+    process_s: float = 0.0  # for how long its agent's looks have found it so
+    still_s: float | None = None  # none of its counters moved for so long, when it was last reported
+    micro_batch: int = 0
+    counter: int = 0
+    waiting_s: float | None = None  # it waits for others since then
+    group: str = ""  # in which it waits, or waited last; with the number of the collective in it
+    group_sequence: int = 0
+    peer: int = -1  # that it waits for
+    launched: int = 0  # waits begun, and ended
+    completed: int = 0
+    batches: int = 0
+    wait_s: float = 0.0  # in all
 
     @property
     def failed(self) -> bool:
         return self.phase is RankPhase.EXITED and self.exit_code != 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """One process group in a rank's flight recorder."""
+
+    name: str
+    ranks: tuple[Rank, ...]
+    enqueued: int  # the last collective that this rank began, and the last that was completed
+    completed: int
+    op: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What an agent found when it looked at one rank closely."""
+
+    rank: Rank
+    process: str = ""  # as RankView.process
+    kernel: str = ""  # where in the kernel it waits
+    interpreter: str = ""  # answers | stuck (its lock is held) | unknown
+    stack: tuple[str, ...] = ()  # innermost first, "file:line function"
+    groups: tuple[Recorded, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """One close look at all ranks of an attempt."""
+
+    attempt: Attempt
+    age_s: float
+    findings: tuple[Finding, ...] = ()
+    errors: tuple[str, ...] = ()  # of nodes that did not answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +248,9 @@ class JobView:
     attached: Node | None = None
     incident: int | None = None  # the open one
     ended: Ended | None = None  # None before the first attempt has ended
+    usual: Mapping[str, Usual] = field(default_factory=dict)  # by phase: how long it took, over all attempts
+    examined: tuple[Examined, ...] = ()  # of the present attempt, oldest first; the last two at most
+    examining: bool = False  # a close look is under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

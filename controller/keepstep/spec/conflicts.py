@@ -65,7 +65,8 @@ _SEEN = "specs are stored and shown to everybody who may see the job"
 
 
 def is_reserved(variable: str) -> bool:
-    return any(
+    """KEEPSTEP_HOOK=0 is a job's to say, as `run.hook` is."""
+    return variable != "KEEPSTEP_HOOK" and any(
         variable.startswith(each[:-1]) if each.endswith("*") else variable == each for each in RESERVED
     )
 

@@ -154,6 +154,7 @@ def _process(run: RunSection) -> dict[str, Any]:
         "warn": job.Warn(signal=run.warn.signal, before_s=run.warn.before) if run.warn else None,
         "warm": run.warm,
         "preload": run.preload,
+        "hook": run.hook,
         "logs": job.Logs(bytes=run.logs.size, files=run.logs.files),
     }
 

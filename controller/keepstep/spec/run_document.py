@@ -16,6 +16,7 @@ from keepstep.spec.fields import (
     Signal,
     SomeText,
     Text,
+    Truth,
     Variable,
     Whole,
 )
@@ -270,6 +271,8 @@ class RunSection(Section):
     """auto: ranks are forked from a process that has torch loaded, where that can be. never: from nothing."""
     preload: tuple[Module, ...] = ()
     """Modules that this process imports ahead, beside those that keepstep knows by itself."""
+    hook: Truth = True
+    """true: steps, phases and evidence of PyTorch scripts are seen from inside; false: they are not."""
     logs: LogsSection = LogsSection()
     """What a node keeps of each rank's output."""
 

@@ -47,7 +47,11 @@ class RankStatus(Part, kw_only=True, frozen=True):
     checkpoint_step: int = -1
     snapshot_step: int = -1
     stall_s: float = 0.0
-    process: str = ""  # running | stopped | traced | blocked (in the kernel) | zombie; "": not looked at
+    process: str = (
+        ""  # running | stopped | traced | blocked (in the kernel) | zombie | gone; "": not looked at
+    )
+    process_s: float = 0.0  # it was seen like that at every look for so long; a late look begins anew
+    still_s: float | None = None  # none of its counters moved for so long, by looks; None: not looked at
     waiting_s: float | None = None  # it has been waiting for others for so long; None: it does not wait
     wait_s: float = 0.0  # spent waiting for other ranks, in all
     group: str = ""  # the group that it waits in, or waited in last
@@ -65,6 +69,7 @@ class PhaseSeen(Part, kw_only=True, frozen=True):
 
     phase: str
     count: int
+    ranks: int = 1  # that completed it
     total_s: float = 0.0
     waited_s: float = 0.0
     longest_s: float = 0.0
@@ -234,7 +239,7 @@ class Query(Message, tag="query", kw_only=True, frozen=True):
     """Asks for something that is too large or too rare for the state."""
 
     id: int
-    kind: str  # logs | inventory
+    kind: str  # logs | inventory | evidence
     term: int
     params: dict[str, Any] = {}
 

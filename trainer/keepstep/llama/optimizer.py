@@ -22,6 +22,7 @@ from torch import Tensor
 from keepstep.core.errors import InputError
 from keepstep.llama.flat import FlatState
 from keepstep.llama.parallel import Groups
+from keepstep.session import Session, current
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +69,9 @@ class Update:
 class Gradients:
     """Collects the gradient buffers of this rank's replicas and gives the owned range of their sum."""
 
-    def __init__(self, state: FlatState, groups: Groups) -> None:
+    def __init__(self, state: FlatState, groups: Groups, session: Session) -> None:
         index = state.index
-        self.state, self.groups = state, groups
+        self.state, self.groups, self._session = state, groups, session
         self.mine = index.replicas // index.dp  # replicas that this rank computes
         # NCCL adds while it reduces; elsewhere, and where one rank stands for several replicas, blocks are
         # kept apart until all are here: received[replica][sender].
@@ -87,13 +88,17 @@ class Gradients:
         """Takes state.grads as the gradient of this rank's replica number `replica` (0-based)."""
         state, index = self.state, self.state.index
         if self.groups.tp is not None:  # each tensor rank saw a share of the tokens only
+            self._session.wait("tp")
             dist.all_reduce(state.grads[index.matrices : index.used], group=self.groups.tp)
-        if self.direct:
-            if index.dp > 1:
+            self._session.go_on()
+        if index.dp > 1:
+            self._session.wait("dp")
+            if self.direct:
                 dist.reduce_scatter_tensor(self.owned, state.grads, group=self.groups.dp)
-        elif index.dp > 1:
-            dist.all_to_all_single(self.received[replica].view(-1), state.grads, group=self.groups.dp)
-        elif index.replicas > 1:
+            else:
+                dist.all_to_all_single(self.received[replica].view(-1), state.grads, group=self.groups.dp)
+            self._session.go_on()
+        elif index.replicas > 1 and not self.direct:
             self.received[replica, 0].copy_(state.grads)
 
     def sum(self) -> Tensor:
@@ -107,9 +112,12 @@ class Gradients:
 
 
 class ShardedAdamW:
-    def __init__(self, state: FlatState, groups: Groups, config: OptimizerConfig) -> None:
+    def __init__(
+        self, state: FlatState, groups: Groups, config: OptimizerConfig, session: Session | None = None
+    ) -> None:
         self.state, self.groups, self.config = state, groups, config
-        self.gradients = Gradients(state, groups)
+        self._session = session or current()
+        self.gradients = Gradients(state, groups, self._session)
         index = state.index
         owned = index.owned(state.dp_rank)
         self._decaying = max(0, min(index.matrices - owned.start, index.shard))  # elements of the owned range
@@ -150,14 +158,18 @@ class ShardedAdamW:
             state.weights.copy_(state.master)
             return
         own = state.master if state.weights.dtype == torch.float32 else state.master.to(state.weights.dtype)
+        self._session.wait("dp")
         dist.all_gather_into_tensor(state.weights, own, group=self.groups.dp)
+        self._session.go_on()
 
     def _totals(self, mine: Tensor) -> list[float]:
         """[replicas of this rank, n] summed over all ranks, in the order of replica, stage, shard."""
         layout, rows = self.groups.layout, mine
         if self.groups.world is not None:
             every = mine.new_empty(layout.world_size * mine.shape[0], mine.shape[1])
+            self._session.wait("world")
             dist.all_gather_into_tensor(every, mine, group=self.groups.world)
+            self._session.go_on()
             by_replica = every.view(layout.dp, layout.replica_size, *mine.shape).transpose(1, 2)
             rows = by_replica.reshape(-1, mine.shape[1])
         totals = [0.0] * mine.shape[1]

@@ -44,9 +44,9 @@ class Trainer:
         at = groups.at
         index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas)
         self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
-        self.optimizer = ShardedAdamW(self.state, groups, job.optimizer)
+        self.optimizer = ShardedAdamW(self.state, groups, job.optimizer, session)
         self.rotation = Rotation(job.shape, device)
-        tp = TensorParallel(groups.tp)
+        tp = TensorParallel(groups.tp, session)
         stage = Stage(job.shape, self.state, tp, pp=job.layout.pp, stage=at.pp)
         self.counts_loss = stage.last and at.tp == 0
         self.runner: Runner = InTurn(stage, session)
@@ -105,7 +105,9 @@ class Trainer:
         count = sum(((part >= 0).sum() for part in targets), torch.zeros((), dtype=torch.int64))
         if self.groups.dp is not None:
             count = count.to(self.state.grads.device)
+            self.session.wait("dp")
             dist.all_reduce(count, group=self.groups.dp)
+            self.session.go_on()
         return max(1, int(count))
 
 

@@ -25,6 +25,7 @@ import logging
 import math
 import mmap
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -52,26 +53,33 @@ class Session:
         self._checkpoint_step, self._stall_ns = now.checkpoint_step, now.stall_ns
         self._snapshot_step, self._wait_ns, self._batches = now.snapshot_step, now.wait_ns, now.batches
         self._group, self._group_sequence = b"", 0
+        self._begun: dict[str, int] = {}  # collectives by group, where nobody else counts them
         self._waiting_ns = self._waited_ns = 0  # since when; and how long in this phase
         self._publish()
 
     def phase(self, phase: Phase, micro_batch: int = 0) -> None:
         """Enter a phase: what the rank does from now on. The one before is complete."""
         now = time.monotonic_ns()
+        self._leave_phase(now)
+        self._phase, self._phase_ns, self._micro_batch = phase, now, micro_batch
+        self._publish()
+
+    def _leave_phase(self, now: int) -> None:
         if self._waiting_ns:
             self._end_wait(now)
         self._writer.passed(self._phase, now - self._phase_ns, self._waited_ns)
-        self._phase, self._phase_ns, self._waited_ns = phase, now, 0
-        self._micro_batch = micro_batch
-        self._publish()
+        self._waited_ns = 0
 
     def wait(self, group: str = "", sequence: int = 0, peer: int = -1) -> None:
         """From now on this rank waits for others: for a group's collective, or for one peer's data.
 
-        `group` is a name of up to 15 bytes ("dp", "tp.3") with the number of the collective in it, `peer` a
-        global rank. Waiting is no phase of its own: it is a part of the present one.
+        `group` is a name of up to 15 bytes ("dp", "tp.3") with the number of the collective in it (0: they
+        are counted here), `peer` a global rank. Waiting is no phase of its own: it is a part of the present
+        one.
         """
         self._waiting_ns = time.monotonic_ns()
+        if not sequence and group:
+            sequence = self._begun[group] = self._begun.get(group, 0) + 1
         self._peer, self._group_sequence = peer, sequence
         self._group = group.encode()[:15] if group else b""
         self._launched += 1
@@ -79,7 +87,8 @@ class Session:
 
     def go_on(self) -> None:
         """What this rank waited for has come."""
-        self._end_wait(time.monotonic_ns())
+        if self._waiting_ns:
+            self._end_wait(time.monotonic_ns())
         self._completed += 1
         self._publish()
 
@@ -101,10 +110,15 @@ class Session:
     ) -> None:
         """An optimizer step is complete; `step` counts the completed ones of the job, so the first is 1.
 
+        Its last phase is over, too: what a rank does until the next mark is anybody's guess.
+
         What is None is not known to this rank; a NaN is a finding. Rates are the whole job's tokens and one
         GPU's (slot's) teraflops.
         """
-        self._step, self._step_ns = step, time.monotonic_ns()
+        now = self._step_ns = time.monotonic_ns()
+        self._step = step
+        self._leave_phase(now)
+        self._phase, self._phase_ns = int(Phase.NONE), now
         self._publish()
         if loss is None and grad_norm is None and tokens_per_s is None and tflops is None and mfu is None:
             return
@@ -161,6 +175,9 @@ def current() -> Session:
 @functools.cache
 def _opened(pid: int) -> Session:
     page = _beacon(pid)
+    hook = sys.modules.get("keepstep_hook")
+    if page is not None and hook is not None:
+        hook.hand_over()  # a page has one writer
     return Session(
         page if page is not None else mmap.mmap(-1, PAGE),
         rank=_number("RANK", 0),

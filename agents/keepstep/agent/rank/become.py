@@ -38,7 +38,7 @@ _READ_EARLY = (
     "PYTHON", "LC_", "LANG", "LD_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "MALLOC_", "GLIBC_",
     "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "HF_", "TRANSFORMERS_",
 )  # fmt: skip
-_READ_LATE = ("TORCH_NCCL_",)
+_READ_LATE = ("TORCH_NCCL_", "TORCH_FR_")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def load(wanted: Wanted) -> Outcome:
         for name in _without(wanted.learnt, unfit):
             try:
                 importlib.import_module(name)
-            except Exception as error:  # noqa: BLE001 - whatever somebody else's module raises: it is left out
+            except Exception as error:  # noqa: BLE001 - outermost of a strange module, which is left out
                 missing.append(f"{name}: {error}")
     check()
     asked = (*(name.removesuffix("?") for name in wanted.modules), *wanted.learnt)

@@ -254,6 +254,7 @@ class Shim:
     def _kill(self) -> None:
         if self._purge is None:
             self._purge = Purge(self._cgroup)
+            self._store.end()  # nobody meets any more
 
     def _take_exits(self) -> None:
         exits, self._exits = self._exits, []
@@ -303,8 +304,7 @@ class Shim:
         self._alive = sum(process.alive and process.pid != self._store.pid for process in tree)
 
     def _finish(self) -> None:
-        """Nobody is left: the store goes, the result is written, the agent is told."""
-        self._store.end()
+        """Nobody is left: the result is written, the agent is told."""
         deadline_s = time.monotonic() + 10.0
         while self._store.pid is not None and time.monotonic() < deadline_s:
             self._selector.select(0.1)

@@ -69,12 +69,16 @@ def rank(
         if launch.umask is not None:
             os.umask(launch.umask)
         _limit(launch.limits)
+        env = {
+            **around.env,
+            "KEEPSTEP_RANK_PID": str(os.getpid()),
+        }  # its children can tell that they are not it
         if loaded is not None:
             script = become.Script(
-                argv=launch.argv, interpreter=launch.interpreter, env=around.env, account=around.account
+                argv=launch.argv, interpreter=launch.interpreter, env=env, account=around.account
             )
             raise Turn(lambda: become.become(script, loaded))
-        execute((*launch.interpreter, *launch.argv) if launch.python else launch.argv, around.env)
+        execute((*launch.interpreter, *launch.argv) if launch.python else launch.argv, env)
 
     return fork(child)
 

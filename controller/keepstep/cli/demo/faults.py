@@ -58,13 +58,19 @@ def kill_in_phase(pid: int, phase: Phase, *, after_step: int, within_s: float) -
 
 
 def lose_node(folder: Path, *, within_s: float = 10.0) -> None:
-    """Kill everything of a node at once: its agent, and the shims, standby servers and ranks of its jobs."""
+    """Everything of a node is gone at once: its agent, and the shims, standby servers and ranks of its jobs.
+
+    A power cut leaves nobody the time to speak of it. So the agent is stopped before the others are killed,
+    and dies last: neither does it report them, nor does its pool find it gone while they still live.
+    """
     clock = SystemClock()
     deadline = clock.monotonic() + within_s
+    for agent in filter(_is_agent, of_node(folder)):
+        processes.send(agent, signal.SIGSTOP)
     while left := of_node(folder):
         if clock.monotonic() > deadline:
             raise TimedOut(f"{len(left)} processes of node {folder.name} do not die")
-        for process in left:
+        for process in [one for one in left if not _is_agent(one)] or left:
             processes.send(process, signal.SIGKILL)
         time.sleep(0.02)
 
@@ -90,6 +96,10 @@ def pss_bytes(pid: int) -> int:
     except OSError:
         return 0
     return 0
+
+
+def _is_agent(process: Process) -> bool:
+    return b"keepstep.agent" in _command_line(process.pid).split(b"\0")
 
 
 def _speaks_of(folder: bytes, command_line: bytes) -> bool:
