@@ -114,8 +114,8 @@ def written(site: Site, attempt: int) -> list[float]:
 
 # whether the script's steps are known, its bounds, and what the controller says it has waited for
 OVERLAPS = {
-    "self-fence": (True, "self_fence: 4 s, orphan_lease: 600 s", "has ended its ranks by itself"),
-    "lease": (False, "self_fence: 600 s, orphan_lease: 12 s", "has run out"),
+    "self-fence": (True, "self_fence: 4s, orphan_lease: 10m", "has ended its ranks by itself"),
+    "lease": (False, "self_fence: 10m, orphan_lease: 12s", "has run out"),
 }
 
 

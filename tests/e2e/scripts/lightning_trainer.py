@@ -26,7 +26,8 @@ class Model(lightning.LightningModule):  # type: ignore[misc]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
         inputs, targets = batch
-        return (self.layers(inputs) - targets).square().mean()
+        loss: torch.Tensor = (self.layers(inputs) - targets).square().mean()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05)
