@@ -19,10 +19,14 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     lineage 1 2<1@60 ...            attempt 2 began from attempt 1's step 60
     failure [age= blame= attempt= step= signature= node= exit_code= error=]
     stored [1@60 ...] [from= after= error=]    what a node found in the checkpoint folder
+    kept NODE [own] WORLD R@A.S ...   in a node's memory: ranks R of a gang of WORLD, attempt A, step S
+                                    (ranks 0-3; without own: buddies' copies); `kept NODE` alone: nothing
+    newest STEP                     the newest checkpoint that the last attempt is known to have written
     asked NODE=AGE ...
     moment SECONDS KIND [attempt= slots= spare_slots= incident= seconds=]
 questions:
     decide                          the plan
+    memory                          the newest state that is whole in memory, and who holds each rank's
     restore                         the point on the chain that the next attempt begins from
     observe PERIOD WORD ...         silence after ticks that took so many seconds, and `heard`
     ledger UNTIL
@@ -54,7 +58,7 @@ from keepstep.core.states import AttemptState, JobState, NodeState
 from keepstep.decide import plan as p
 from keepstep.decide.account import Moment, ledger
 from keepstep.decide.decide import decide
-from keepstep.decide.restore import restore_point
+from keepstep.decide.restore import memory_point, restore_point
 from keepstep.decide.silence import Silence
 from keepstep.decide.view import (
     Asked,
@@ -65,6 +69,7 @@ from keepstep.decide.view import (
     Finding,
     Inventory,
     JobView,
+    Kept,
     Link,
     NodeView,
     PartPhase,
@@ -354,6 +359,25 @@ class Scene:
         )
         self.jobs[self.job] = replace(self.now, inventory=found)
 
+    def on_kept(self, flags: list[str], _: Words) -> None:
+        node, own = Node(flags[0]), "own" in flags
+        words = [flag for flag in flags[1:] if flag != "own"]
+        found = [one for one in self.now.kept if one.node != node or (words and one.own != own)]
+        world = int(words[0]) if words else 0
+        for word in words[1:]:
+            ranks, _at, stamp = word.partition("@")
+            first, _dash, last = ranks.partition("-")
+            attempt, _dot, step = stamp.partition(".")
+            found += [
+                Kept(rank=Rank(rank), world=world, attempt=Attempt(int(attempt)), step=Step(int(step)),
+                     node=node, own=own)
+                for rank in range(int(first), int(last or first) + 1)
+            ]  # fmt: skip
+        self.jobs[self.job] = replace(self.now, kept=tuple(found))
+
+    def on_newest(self, flags: list[str], _: Words) -> None:
+        self.jobs[self.job] = replace(self.now, checkpoint_step=int(flags[0]))
+
     def on_asked(self, _: list[str], said: Words) -> None:
         asked = tuple(
             Asked(kind="inventory", node=Node(name), age_s=float(age)) for name, age in said.items()
@@ -377,6 +401,14 @@ class Scene:
         lines = [line for change in plan.changes for line in told(change)]
         lines += [f"node {mark.node}: {mark.event}: {mark.reason}" for mark in plan.marks]
         return lines or ["nothing"]
+
+    def on_memory(self, *_: object) -> list[str]:
+        point = memory_point(self.now.lineage, self.now.kept, self.now.spec.parallelism)
+        if point.at is None or point.memory is None:
+            return [f"nothing   {point.reason}"]
+        holders = " ".join(",".join(nodes) for nodes in point.memory.holders)
+        at, dp = point.at, point.memory.layout.dp
+        return [f"{at.attempt}@{at.step} of dp {dp} from {holders}   {point.reason}"]
 
     def on_restore(self, *_: object) -> list[str]:
         inventory = self.now.inventory
@@ -487,8 +519,9 @@ def _what(change: p.JobChange) -> str:
     match change:
         case p.Place():
             spares = f", spares {' '.join(change.spares)}" if change.spares else ""
+            where = " in memory" if change.memory else ""
             start = f"PLACE attempt {change.attempt} ({change.rung}) on {' '.join(change.nodes)}{spares}"
-            return f"{start}, dp {change.layout.dp}, {_at(change.restore)}"
+            return f"{start}, dp {change.layout.dp}, {_at(change.restore)}{where}"
         case p.StandBy():
             return f"STAND BY for attempt {change.attempt}: {' '.join(change.spares) or 'none'}"
         case p.Go():

@@ -27,6 +27,12 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
     add("--label", action="append", default=[], metavar="NAME=VALUE")
     add("--address", help="where ranks of other nodes reach this node's [the route to the controller]")
     add("--interface", help="the network interface of that address")
+    add(
+        "--snapshot-bytes",
+        type=int,
+        metavar="N",
+        help="at most for one rank's snapshots [half of what is free]",
+    )
     add("--attached", action="store_true", help="belongs to a terminal: when it goes, its ranks go")
     add("--drain", action="store_true", help="end the ranks before leaving")
     add(
@@ -51,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         "attached": given.attached, "drain": given.drain, "exit_when_orphaned_s": given.exit_when_orphaned,
         "standby_bytes_max": memory, "standby_context": given.standby_context,
         "standby_processes": None if given.standby == "auto" else given.standby == "processes",
+        "snapshot_bytes": given.snapshot_bytes,
     }  # fmt: skip
     return AgentSettings(**values) if given.node is None else AgentSettings(node=given.node, **values)
 

@@ -129,6 +129,7 @@ class Attempt:
 
     async def _make(self) -> shimlink.Shim:
         around, launch = self._around, self.launch
+        carrier = asyncio.create_task(around.carriers.begin(launch, around.address(2)[0]))
         self._wait_for("the job's files")
         made = self._made = await around.recipe_for(launch.job, launch.run, self.directory)
         self._wait_for("the standby server" if made.modules else "")
@@ -138,11 +139,15 @@ class Attempt:
             self._wait_for("an earlier attempt to be dead")
             await asyncio.wait([asyncio.ensure_future(end) for end in earlier])
         await asyncio.to_thread(preparation.fence, launch)
-        self._wait_for("")
         self._address, interface = around.address(len(launch.nodes))
+        self._wait_for("the states to restore from memory" if launch.memory else "")
+        await carrier
+        await around.carriers.prepare(launch, around.address(2)[0])
+        self._wait_for("")
         site = preparation.Site(
             node=around.settings.node, directory=self.directory, slots=self._slots,
             gpus=around.slots.gpus(self._slots), address=self._address, interface=interface,
+            carrier=str(around.carriers.directory(launch.job)) if launch.secret else "",
         )  # fmt: skip
         file = preparation.launch_file(launch, made, site)
         shim = await shimlink.launch(self.directory, file, standby=server)
@@ -164,6 +169,7 @@ class Attempt:
                 continue
             self._reason = ""
             if isinstance(found, shimlink.Ending):
+                await self._around.carriers.look(self.launch.job)
                 self._finish(found)
                 return None
             return found
@@ -183,7 +189,9 @@ class Attempt:
                 poked.cancel()
             follow.result()
             try:
-                self._finish(await shim.ended(timeout_s=_FAREWELL_S))
+                ending = await shim.ended(timeout_s=_FAREWELL_S)
+                await self._around.carriers.look(self.launch.job)
+                self._finish(ending)
             except TimedOut:
                 return await self._adopt()
             return None
@@ -200,6 +208,7 @@ class Attempt:
     async def _act(self, shim: shimlink.Shim) -> None:
         """Make the newest orders true."""
         launch, phase = self.launch, shim.status.phase
+        await self._around.carriers.meet(launch)
         try:
             if self._stop is not None:
                 await self._end(shim, *self._stop)

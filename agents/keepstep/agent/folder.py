@@ -7,6 +7,7 @@ events/                        the spool (see spool)
 bundles/<sha256>.tar           shipped work folders, as fetched
 standby/<key>/                 one standby server each (see standby)
 learnt/<digest>.json           what runs of a script were seen to import (see learnt)
+carrier/<job>/                 one carrier of snapshots each (see carriers)
 jobs/<job>/workdir-<sha>/      a shipped work folder, unpacked: shared by the attempts of its job
 jobs/<job>/removed.json        the newest attempt whose folder was cleaned away: it may not start again
 jobs/<job>/<attempt>/          one attempt: made before anything is started, so it starts at most once
@@ -51,11 +52,15 @@ class Folder:
         return self.path / "standby"
 
     @property
+    def carriers(self) -> Path:
+        return self.path / "carrier"
+
+    @property
     def credential(self) -> Path:
         return self.path / "credential"
 
     def make(self) -> None:
-        for part in (self.path, self.jobs, self.events, self.bundles, self.standbys):
+        for part in (self.path, self.jobs, self.events, self.bundles, self.standbys, self.carriers):
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def job(self, job: str) -> Path:

@@ -149,7 +149,7 @@ class Launches:
     async def _clean(self, job: str) -> None:
         living = frozenset(self.attempts)
         await asyncio.to_thread(history.clean, self.around.folder, self.around.settings.history, living)
-        await self.around.standbys.release({key[0] for key in self.attempts} | set(self._warm))
+        await self._release()
 
     # ---------------------------------------------------------------- standby servers
 
@@ -161,7 +161,13 @@ class Launches:
         dropped = self._warm.keys() - now.keys()
         self._warm = now
         if dropped:
-            self._task(self.around.standbys.release({key[0] for key in self.attempts} | set(now)))
+            self._task(self._release())
+
+    async def _release(self) -> None:
+        """What is kept for jobs that have, and will have, nothing here."""
+        wanted = {key[0] for key in self.attempts} | set(self._warm)
+        await self.around.standbys.release(wanted)
+        await self.around.carriers.release(wanted)
 
     async def _load(self, warm: Warm) -> None:
         try:
@@ -195,6 +201,7 @@ class Launches:
         if tasks := [self._tasks[attempt.key] for attempt in self.living if attempt.key in self._tasks]:
             await asyncio.wait(tasks)
         await self.around.standbys.end_all()
+        await self.around.carriers.release(())
 
     def predecessors(self, job: str, number: int) -> list[Awaitable[Any]]:
         return [

@@ -18,11 +18,12 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from importlib import metadata
 from typing import Any
 
 from keepstep.agent import host, queries
+from keepstep.agent.carriers import Carriers
 from keepstep.agent.endpoint import Endpoint, endpoints, read_credential
 from keepstep.agent.folder import Folder, Lock
 from keepstep.agent.launches import Launches
@@ -94,7 +95,7 @@ class Agent:
         _log.info("agent %s of node %s, process %d", self._instance, self._settings.node, os.getpid())
         self._launches.adopt()
         await self._launches.settled(within_s=_SETTLE_S)
-        works = [asyncio.create_task(work) for work in (self._link.run(), self._watch.run(), self._mind())]
+        works = [asyncio.create_task(work) for work in self._works()]
         leave = asyncio.create_task(self._leave.wait())
         try:
             done, _ = await asyncio.wait({*works, leave}, return_when=asyncio.FIRST_COMPLETED)
@@ -108,6 +109,11 @@ class Agent:
             await self._launches.let_go()
             self._spool.close()
         return self._exit_code
+
+    def _works(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        carriers = self._launches.around.carriers
+        follow = carriers.follow(lambda: [attempt.launch for attempt in self._launches.living])
+        return self._link.run(), self._watch.run(), self._mind(), follow
 
     # ---------------------------------------------------------------- leaving
 
@@ -201,6 +207,7 @@ class Agent:
             node=host.node_status(),
             attempts=self._launches.statuses(),
             standbys=self._launches.around.standbys.statuses(),
+            snapshots=self._launches.around.carriers.statuses(),
             leaving=self._leaving,
         )
 
@@ -232,6 +239,13 @@ class Agent:
                 ahead=self._ahead(),
                 linger_s=self._settings.standby_linger_s,
                 bytes_max=self._settings.standby_bytes_max,
+            ),
+            carriers=Carriers(
+                self._folder,
+                self._clock,
+                bytes_max=self._settings.snapshot_bytes,
+                changed=self._link.changed,
+                tell=lambda kind, job, text: self._tell(kind, job, 0, {"text": text}),
             ),
             work=Work(self._folder, clock=self._clock, endpoint=lambda: contact.endpoint),
             controller=lambda: contact.endpoint.url if contact.endpoint else "",

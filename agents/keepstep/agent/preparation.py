@@ -43,6 +43,7 @@ class Site:
     gpus: tuple[str, ...]  # devices of these slots; empty: CPU
     address: str
     interface: str
+    carrier: str = ""  # its folder; "": no snapshots in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +159,7 @@ def launch_file(launch: Launch, made: Recipe, site: Site) -> LaunchFile:
                 error_file=str(error_file(site.directory, rank)),
                 job_file=job_file,
                 control=str(control_socket(site.directory, rank)) if made.run.hook else "",
+                carrier=site.carrier,
             ),
         )
         for k, rank in enumerate(launch.ranks)
@@ -194,6 +196,7 @@ def job_document(launch: Launch, run: LlamaRun) -> dict[str, Any]:
         },
         "checkpoint": launch.checkpoint,
         "restore": restore,
+        "memory": launch.memory.layout if launch.memory else None,
         "lineage": [list(branch) for branch in launch.lineage],
     }
 

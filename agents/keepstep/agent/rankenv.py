@@ -106,7 +106,13 @@ def node_env(
 
 
 def rank_env(
-    place: Place, local_rank: int, *, error_file: str, job_file: str = "", control: str = ""
+    place: Place,
+    local_rank: int,
+    *,
+    error_file: str,
+    job_file: str = "",
+    control: str = "",
+    carrier: str = "",
 ) -> dict[str, str]:
     """What is one rank's alone."""
     rank = place.ranks[local_rank]
@@ -120,4 +126,6 @@ def rank_env(
         env["KEEPSTEP_JOB_FILE"] = job_file
     if control:
         env["KEEPSTEP_CONTROL"] = control
+    if carrier:
+        env["KEEPSTEP_CARRIER"] = carrier
     return env

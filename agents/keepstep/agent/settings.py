@@ -51,6 +51,7 @@ class AgentSettings:
     standby_context: bool = False  # each of them creates its CUDA context: some hundred MB of its GPU
     standby_linger_s: float = 60.0  # for the next job like the last one
     spool_bytes: int = 16 << 20  # of unacknowledged events; the oldest go first, and the gap is told
+    snapshot_bytes: int | None = None  # of one rank's slots in memory, at most; None: half of what is free
     history: History = History()
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepstep.agent import host, preparation
+from keepstep.agent.carriers import Carriers
 from keepstep.agent.folder import Folder
 from keepstep.agent.settings import AgentSettings
 from keepstep.agent.slots import Slots
@@ -25,6 +26,7 @@ class Surroundings:
     boot: str
     slots: Slots
     standbys: Standbys
+    carriers: Carriers
     work: Work
     controller: Callable[[], str]  # its URL: the address of ranks depends on the way to it
     predecessors: Callable[[str, int], list[Awaitable[Any]]]  # ends of older attempts of a job, still to come

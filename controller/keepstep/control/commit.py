@@ -185,7 +185,7 @@ def _place(pen: _Pen, change: p.Place) -> None:
         rung=change.rung,
         reason=change.reason,
         parent=(link.parent, link.parent_step) if link.parent else None,
-        restore=asdict(change.restore) if change.restore else None,
+        restore=_restore(change),
     )
     pen.move(JobEvent.PLACE, not_before=None)
     incident = pen.incident(IncidentEvent.DECIDE, decision=decision, decided_at=pen.writer.now)
@@ -198,6 +198,13 @@ def _place(pen: _Pen, change: p.Place) -> None:
         slots=layout.world_size,
         step=link.parent_step,
     )
+
+
+def _restore(change: p.Place) -> dict[str, Any] | None:
+    if change.restore is None:
+        return None
+    where = {"memory": asdict(change.memory)} if change.memory else {}
+    return {**asdict(change.restore), **where}
 
 
 def _end(pen: _Pen, change: p.End) -> None:

@@ -1,7 +1,7 @@
 """What each node should run, from the book: a pure function of levels. Sending it twice changes nothing."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from keepstep.control.book import Entry, layout_of
@@ -10,6 +10,7 @@ from keepstep.core.ids import JobId, Term
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import local_ranks
 from keepstep.core.states import AttemptState
+from keepstep.decide.buddies import buddies
 from keepstep.decide.death import fenced, orphan_lease_s
 from keepstep.decide.decide import FINISH_S
 from keepstep.decide.plan import Policy
@@ -20,7 +21,21 @@ from keepstep.wire import messages as wire
 _LIVE = {AttemptState.PREPARING, AttemptState.STARTING, AttemptState.RUNNING}
 
 
-def desired(member: Member, entries: Mapping[JobId, Entry], term: Term, policy: Policy) -> wire.Desired:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carriers:
+    """Of one job: where its carriers listen, and what they know each other by. No secret: there are none."""
+
+    secret: str = ""
+    addresses: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+
+
+def desired(
+    member: Member,
+    entries: Mapping[JobId, Entry],
+    term: Term,
+    policy: Policy,
+    carriers: Callable[[Entry], Carriers] = lambda _: Carriers(),
+) -> wire.Desired:
     """The launches and stops of one node, and the attempts whose end it may forget."""
     assert member.register is not None
     launches, stops, warm, forget = [], [], [], []
@@ -33,7 +48,8 @@ def desired(member: Member, entries: Mapping[JobId, Entry], term: Term, policy: 
             continue
         if member.name in row.nodes:
             if row.state in _LIVE:
-                launches.append(_launch(entry, row, row.nodes.index(member.name), policy))
+                launch = _launch(entry, row, row.nodes.index(member.name), policy, carriers(entry))
+                launches.append(launch)
             else:
                 stops.append(_stop(entry, row))
         elif member.name in row.spares:
@@ -68,7 +84,7 @@ def run_of(spec: JobSpec) -> dict[str, Any]:
     return run
 
 
-def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy) -> wire.Launch:
+def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy, carriers: Carriers) -> wire.Launch:
     spec, layout = entry.spec, layout_of(row)
     checkpoint = asdict(spec.checkpoint)
     if spec.checkpoint.dir is not None:
@@ -89,11 +105,28 @@ def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy) -> wi
         replicas=spec.parallelism.dp,
         checkpoint=checkpoint,
         restore=(row.restore["attempt"], row.restore["step"]) if row.restore else None,
+        memory=_memory(row),
+        secret=carriers.secret,
+        carriers=dict(carriers.addresses),
+        buddy=buddies(row.nodes, layout).get(row.nodes[node_rank], ""),
         lineage=tuple((link.attempt, link.parent, link.parent_step) for link in entry.lineage()),
         self_fence_s=None if fenced(spec) else spec.recovery.self_fence_s,
         orphan_lease_s=orphan_lease_s(spec, policy),
         attached=entry.job.attached_node is not None,
     )
+
+
+def keeps_snapshots(spec: JobSpec) -> bool:
+    """The built-in trainer's unless it was told not to; a script's where its spec says how often."""
+    every = spec.checkpoint.snapshot_every_steps
+    return every != 0 if spec.run.kind == "llama" else bool(every)
+
+
+def _memory(row: AttemptRow) -> wire.Memory | None:
+    memory = (row.restore or {}).get("memory")
+    if memory is None:
+        return None
+    return wire.Memory(layout=memory["layout"], holders=tuple(tuple(nodes) for nodes in memory["holders"]))
 
 
 def _stop(entry: Entry, row: AttemptRow) -> wire.Stop:

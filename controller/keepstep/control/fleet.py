@@ -57,6 +57,7 @@ class Member:
     leaving: bool = False  # it said so last
     node: wire.NodeStatus = field(default_factory=wire.NodeStatus)
     standbys: tuple[wire.StandbyStatus, ...] = ()
+    snapshots: tuple[wire.SnapshotStatus, ...] = ()
     attempts: dict[tuple[str, int], Heard] = field(default_factory=dict)
     current: frozenset[tuple[str, int]] = frozenset()  # reported over the present connection
     sequence: int = 0
@@ -116,6 +117,8 @@ class Fleet:
         member.heard_at = self.time.now
         member.sequence = state.sequence
         changed = state.standbys != member.standbys or state.leaving
+        changed = changed or _carriers(state.snapshots) != _carriers(member.snapshots)
+        member.snapshots = state.snapshots
         member.node, member.standbys, member.leaving = state.node, state.standbys, state.leaving
         keys = frozenset((status.job, status.attempt) for status in state.attempts)
         changed = changed or keys != member.current
@@ -158,6 +161,15 @@ class Fleet:
             if heard is not None:
                 yield member, heard, (job, attempt) in member.current
 
+    def carriers(self, job: str) -> dict[str, tuple[str, int]]:
+        """Where the carriers of a job listen, by node."""
+        return {
+            str(member.name): status.address
+            for member in self.members.values()
+            for status in member.snapshots
+            if status.job == job
+        }
+
     async def ask(self, name: Node, kind: str, params: dict[str, Any], *, term: int, within_s: float) -> Any:
         """A node's answer to a query. Errors: Unreachable, TimedOut."""
         member = self.members.get(name)
@@ -189,6 +201,11 @@ class Fleet:
         for future in member.asked.values():
             if not future.done():
                 future.set_exception(Unreachable(why, where=f"node {member.name}"))
+
+
+def _carriers(snapshots: tuple[wire.SnapshotStatus, ...]) -> object:
+    """What other nodes must be told; what is held is looked at when it is needed."""
+    return [(status.job, status.address) for status in snapshots]
 
 
 def _matters(status: wire.AttemptStatus) -> object:

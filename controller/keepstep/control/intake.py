@@ -20,6 +20,7 @@ _SHOWN = {
     "self_fenced",
     "standby_ready",
     "standby_broken",
+    "snapshots_off",
     "cold",
     "gap",
     "orphans",

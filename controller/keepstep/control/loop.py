@@ -5,7 +5,9 @@ controller that dies between the two finds the desired state in its store and go
 """
 
 import asyncio
+import hmac
 import logging
+import secrets
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,7 +15,7 @@ from typing import Any, TypeVar
 from keepstep.control import intake
 from keepstep.control.book import Book, Entry
 from keepstep.control.commit import commit, mark
-from keepstep.control.desired import checkpoint_folder, desired
+from keepstep.control.desired import Carriers, checkpoint_folder, desired, keeps_snapshots
 from keepstep.control.examination import closely
 from keepstep.control.fleet import Fleet, Member, Session
 from keepstep.control.observed import ObservedTime
@@ -69,6 +71,7 @@ class Controller:
         self._asking: set[JobId] = set()
         self._events: list[tuple[Member, Session, wire.Events]] = []
         self._started = 0.0
+        self._key = secrets.token_bytes(32)
         self._trouble, self._mismatches = "", 0
         self.ready = False
         self._beaten = 0.0
@@ -210,10 +213,18 @@ class Controller:
         for member in self.fleet.members.values():
             if member.session is None or member.register is None:
                 continue
-            wanted = desired(member, self.book.entries, self.store.term, self.policy)
+            wanted = desired(member, self.book.entries, self.store.term, self.policy, self._carriers)
             if wanted != member.desired:
                 member.desired = wanted
                 member.session.send(wanted)
+
+    def _carriers(self, entry: Entry) -> Carriers:
+        """A controller's restart renews the secret; carriers know the one before, too."""
+        if not keeps_snapshots(entry.spec):
+            return Carriers()
+        job = entry.job.id
+        secret = hmac.new(self._key, job.encode(), "sha256").hexdigest()
+        return Carriers(secret=secret, addresses=self.fleet.carriers(job))
 
     # ------------------------------------------------------------ agents
 

@@ -5,11 +5,12 @@ from typing import TypeVar
 
 from keepstep.control.book import Book, Entry, layout_of
 from keepstep.control.fleet import Fleet, Heard, Member
-from keepstep.core.ids import JobId, Node, Rank
+from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.states import AttemptState, JobState, NodeState
 from keepstep.decide.view import (
     AttemptView,
     JobView,
+    Kept,
     NodeView,
     PartPhase,
     PartView,
@@ -51,11 +52,28 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         asked=entry.asking(fleet.time),
         attached=job.attached_node,
         incident=incident.id if incident else None,
+        kept=() if row is not None else _kept(job.id, fleet),
+        checkpoint_step=entry.progress.checkpoint_step,
         ended=entry.ended(),
         usual=entry.usual,
         examined=entry.closely(fleet.time),
         examining=entry.examining,
     )
+
+
+def _kept(job: JobId, fleet: Fleet) -> tuple[Kept, ...]:
+    """What nodes that answer hold of a job in memory."""
+    return tuple(
+        Kept(
+            rank=Rank(held.rank), world=held.world, attempt=Attempt(held.attempt), step=Step(held.step),
+            node=member.name, own=held.own,
+        )
+        for member in fleet.members.values()
+        if member.talks(fleet.time)
+        for status in member.snapshots
+        if status.job == job
+        for held in status.held
+    )  # fmt: skip
 
 
 def _attempt(entry: Entry, row: AttemptRow, fleet: Fleet) -> AttemptView:

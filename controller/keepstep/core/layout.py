@@ -71,6 +71,10 @@ class Layout:
     def with_replicas(self, dp: int) -> "Layout":
         return Layout(dp=dp, pp=self.pp, cp=self.cp, tp=self.tp)
 
+    def sources(self, old: "Layout", dp: int) -> range:
+        """The replicas of another layout with what replica `dp` owns of a vector that both cut evenly."""
+        return range(dp * old.dp // self.dp, -(-(dp + 1) * old.dp // self.dp))
+
     def __str__(self) -> str:
         context = f" x cp {self.cp}" if self.cp > 1 else ""
         return f"tp {self.tp}{context} x pp {self.pp} x dp {self.dp}"

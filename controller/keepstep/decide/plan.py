@@ -45,6 +45,14 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """A state that is in memory: the layout it was taken in, and who holds each rank's part, best first."""
+
+    layout: Layout
+    holders: tuple[tuple[Node, ...], ...]  # by rank of that layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place(Change):
     """Start the next attempt: a row of the store first, then launches."""
 
@@ -54,6 +62,7 @@ class Place(Change):
     layout: Layout
     link: Link
     restore: Stored | None  # None: from nothing (or a script that restores itself)
+    memory: Memory | None = None  # None: what is to be restored is in storage
     rung: str  # "first" | "in place" | "spare" | "fewer replicas" | "grow" | "requeued"
 
 

@@ -12,7 +12,7 @@ layout.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keepstep.core.ids import Attempt, JobId, Node
 from keepstep.core.layout import Layout
@@ -31,7 +31,7 @@ from keepstep.decide.place import (
     told,
 )
 from keepstep.decide.plan import Collect, End, GiveUp, Place, Policy, Rejected, Requeue, Wait
-from keepstep.decide.restore import RestorePoint, restore_point
+from keepstep.decide.restore import RestorePoint, memory_point, restore_point
 from keepstep.decide.view import NOTHING, AttemptView, Ended, JobView, Link, View
 
 Others = Mapping[JobId, JobView]
@@ -91,13 +91,12 @@ def begin(
     rejected: tuple[Rejected, ...] = (),
 ) -> Place | Collect | Wait:
     """Place the next attempt, once it is known what it restores."""
-    if needs_inventory(job):
-        return collect(job, view, held, policy)
+    point = memory_point(job.lineage, job.kept, job.spec.parallelism)
+    if not _serves(job, point, placement.layout):
+        if needs_inventory(job):
+            return collect(job, view, held, policy)
+        point = _stored(job, point)
     number = Attempt(job.attempts + 1)
-    if keeps_checkpoints(job) and job.inventory is not None:
-        point = restore_point(job.lineage, job.inventory.stored)
-    else:
-        point = RestorePoint(at=None, reason="")
     what = point.reason or ("it begins from nothing" if not job.attempts else "the script restores itself")
     return Place(
         job=job.id,
@@ -109,8 +108,33 @@ def begin(
         layout=placement.layout,
         link=point.link(number) if point.at is not None else Link(attempt=number, parent=NOTHING),
         restore=point.at,
+        memory=point.memory,
         rung=rung,
     )
+
+
+def _serves(job: JobView, point: RestorePoint, layout: Layout) -> bool:
+    """Whether a state in memory is known to be as new as anything stored, and fits the layout.
+
+    Every attempt began from the newest state that there was, so only the last one can have stored a newer
+    one. Only the built-in trainer's states can be cut anew.
+    """
+    if point.at is None or point.memory is None:
+        return False
+    fits = job.spec.run.kind == "llama" or point.memory.layout == layout
+    return fits and point.at.step >= max(job.checkpoint_step, job.lineage[-1].parent_step)
+
+
+def _stored(job: JobView, memory: RestorePoint) -> RestorePoint:
+    """The newest stored state, or what is in memory after all; what is not there is said."""
+    if not keeps_checkpoints(job) or job.inventory is None:
+        return RestorePoint(at=None, reason="")
+    point = restore_point(job.lineage, job.inventory.stored)
+    if memory.at is not None and memory.at.step > (point.at.step if point.at else 0):
+        return memory
+    if job.kept and memory.at is None:
+        return replace(point, reason=f"{point.reason}; {memory.reason}")
+    return point
 
 
 def keeps_checkpoints(job: JobView) -> bool:

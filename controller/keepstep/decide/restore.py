@@ -1,22 +1,31 @@
-"""Which stored state the next attempt begins from.
+"""Which state the next attempt begins from: one that is whole in memory, else a stored one.
 
 Every attempt began from its parent's state after some step, so the attempts of a job form a tree, and the
 present one is the end of a chain. A checkpoint (attempt, step) may be restored only if it lies on that chain:
 its attempt is the last one or an ancestor, and its step is not past the point where the chain left that
 ancestor. What an old attempt wrote later lies on a branch that was left, whatever its step or file time says.
+
+A state is whole in memory when every rank of the layout that it was taken in is held by some node that
+answers, its own or as a buddy's copy. A stamp that a restore renewed counts as what it was before, so a
+restore that reached only some nodes has taken nothing away.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from keepstep.core.ids import Attempt, Step
-from keepstep.decide.view import BEGINNING, NOTHING, Link, Stored
+from keepstep.core import snapshots
+from keepstep.core.ids import Attempt, Rank, Step
+from keepstep.core.layout import Layout
+from keepstep.core.snapshots import Stamp
+from keepstep.decide.plan import Memory
+from keepstep.decide.view import BEGINNING, NOTHING, Kept, Link, Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePoint:
     at: Stored | None  # None: nothing on the chain was ever stored
     reason: str
+    memory: Memory | None = None  # where it is, if it is not in storage
 
     def link(self, attempt: Attempt) -> Link:
         """How the attempt that begins here joins the lineage."""
@@ -60,3 +69,40 @@ def restore_point(lineage: Sequence[Link], stored: Iterable[Stored]) -> RestoreP
         )
     nothing = "nothing is stored" if not newest_first else "nothing stored is on the chain"
     return RestorePoint(at=None, reason="; ".join([nothing, *left_out[:3]]))
+
+
+def memory_point(lineage: Sequence[Link], kept: Iterable[Kept], shape: Layout) -> RestorePoint:
+    """The newest state on the chain that is whole in memory; says what newer ones lack.
+
+    `shape`: of the job, with whatever number of replicas.
+    """
+    if not lineage:
+        return RestorePoint(at=None, reason="nothing is in memory")
+    parents: dict[int, Stamp | None] = {
+        link.attempt: None if link.parent == NOTHING else Stamp(link.parent, link.parent_step)
+        for link in lineage
+    }
+    found: dict[tuple[Stamp, int], dict[Rank, list[Kept]]] = {}
+    for one in kept:
+        at = Stamp(one.attempt, one.step)
+        if snapshots.on_chain(at, lineage[-1].attempt, parents):
+            state = snapshots.origin(at, parents), one.world
+            found.setdefault(state, {}).setdefault(one.rank, []).append(one)
+    shortfall: list[str] = []
+    for (at, world), ranks in sorted(found.items(), key=lambda item: item[0][0].step, reverse=True):
+        replicas, rest = divmod(world, shape.replica_size)
+        lacking = [rank for rank in range(world) if rank not in ranks]
+        if lacking or rest:
+            lost = ", ".join(map(str, lacking[:8])) + (" ..." if len(lacking) > 8 else "")
+            shortfall.append(f"step {at.step} is in memory, but not of ranks {lost}")
+            continue
+        held = [sorted(ranks[Rank(rank)], key=lambda one: (not one.own, one.node)) for rank in range(world)]
+        holders = tuple(tuple(dict.fromkeys(one.node for one in nodes)) for nodes in held)
+        copies = sum(not nodes[0].own for nodes in held)
+        where = f"{copies} of {world} as buddies' copies" if copies else f"{world} of {world} ranks in place"
+        return RestorePoint(
+            at=Stored(attempt=Attempt(at.attempt), step=Step(at.step)),
+            reason="; ".join([f"step {at.step} is whole in memory, {where}", *shortfall[:3]]),
+            memory=Memory(layout=shape.with_replicas(replicas), holders=holders),
+        )
+    return RestorePoint(at=None, reason="; ".join(shortfall[:3]) or "nothing is in memory")

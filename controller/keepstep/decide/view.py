@@ -199,6 +199,18 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """One rank's whole state in the memory of a node that answers."""
+
+    rank: Rank
+    world: int  # size of the gang that it was a rank of
+    attempt: Attempt
+    step: Step
+    node: Node
+    own: bool = True  # the rank ran there; False: a buddy's copy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
     """What a node found in the checkpoint folder, after `after_attempt` was dead."""
 
@@ -247,6 +259,8 @@ class JobView:
     asked: tuple[Asked, ...] = ()
     attached: Node | None = None
     incident: int | None = None  # the open one
+    kept: tuple[Kept, ...] = ()  # in memory; told between two attempts only
+    checkpoint_step: int = -1  # the newest complete one that the last attempt is known to have written
     ended: Ended | None = None  # None before the first attempt has ended
     usual: Mapping[str, Usual] = field(default_factory=dict)  # by phase: how long it took, over all attempts
     examined: tuple[Examined, ...] = ()  # of the present attempt, oldest first; the last two at most

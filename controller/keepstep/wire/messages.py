@@ -99,6 +99,25 @@ class StandbyStatus(Part, kw_only=True, frozen=True):
     memory_bytes: int = 0
 
 
+class Held(Part, kw_only=True, frozen=True):
+    """One rank's whole state in memory. The same rank of another world size is another part of the model."""
+
+    rank: int
+    world: int
+    attempt: int
+    step: int
+    own: bool = True  # False: a copy, kept for the node that the rank runs on
+
+
+class SnapshotStatus(Part, kw_only=True, frozen=True):
+    """What a node holds in memory of one job's states, and where its carrier listens."""
+
+    job: str
+    address: tuple[str, int]
+    memory_bytes: int = 0
+    held: tuple[Held, ...] = ()
+
+
 class NodeStatus(Part, kw_only=True, frozen=True):
     load: float = 0.0
     memory_total_bytes: int = 0
@@ -133,6 +152,7 @@ class State(Message, tag="state", kw_only=True, frozen=True):
     node: NodeStatus = NodeStatus()
     attempts: tuple[AttemptStatus, ...] = ()
     standbys: tuple[StandbyStatus, ...] = ()
+    snapshots: tuple[SnapshotStatus, ...] = ()
     leaving: bool = False
 
 
@@ -182,6 +202,13 @@ class Acknowledge(Message, tag="ack", kw_only=True, frozen=True):
     event: int = 0
 
 
+class Memory(Part, kw_only=True, frozen=True):
+    """The state that `Launch.restore` names is in memory, taken in this layout."""
+
+    layout: dict[str, int]
+    holders: tuple[tuple[str, ...], ...]  # nodes by old rank, the best one first
+
+
 class Launch(Part, kw_only=True, frozen=True):
     """One attempt's part on this node. Identified by (job, attempt); started at most once, ever."""
 
@@ -201,6 +228,10 @@ class Launch(Part, kw_only=True, frozen=True):
     replicas: int  # data-parallel replicas asked for; layout.dp may be smaller after a shrink
     checkpoint: dict[str, Any] = {}
     restore: tuple[int, int] | None = None  # (attempt, step) on this attempt's chain
+    memory: Memory | None = None  # None: what is to be restored is in storage
+    secret: str = ""  # of this job's carriers; "": no snapshots in memory
+    carriers: dict[str, tuple[str, int]] = {}  # where those of the job listen, by node
+    buddy: str = ""  # the node that keeps copies of this node's snapshots; "": none
     lineage: tuple[tuple[int, int, int], ...] = ()  # (attempt, parent attempt, parent step)
     self_fence_s: float | None = 30.0  # None: its writes are fenced, no need to end it when alone
     orphan_lease_s: float = 3600.0

@@ -44,6 +44,8 @@ class TrainJob:
     seed: int
     checkpoint: Checkpointing | None
     restore: Point | None
+    memory: Layout | None  # the layout in which the state to restore is in memory; None: it is in storage
+    snapshot_every: int | None  # steps; None: as often as there is room, 0: never
     branches: tuple[Branch, ...]  # the lineage, this attempt included
     init_from: str | None
     timeout_s: float  # of every collective
@@ -92,6 +94,8 @@ class TrainJob:
                 seq=batch["seq"], micro_batch=batch.get("micro_batch") or batch.get("micro") or 1,
                 optimizer=OptimizerConfig.parse(value.get("optimizer") or {}), seed=value.get("seed", 0),
                 checkpoint=_checkpointing(value.get("checkpoint")), restore=_point(value.get("restore")),
+                memory=Layout(**value["memory"]) if value.get("memory") else None,
+                snapshot_every=(value.get("checkpoint") or {}).get("snapshot_every_steps"),
                 branches=tuple(_branches(value)), init_from=value.get("init_from"),
                 timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
             )  # fmt: skip

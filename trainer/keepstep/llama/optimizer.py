@@ -64,6 +64,7 @@ class Update:
     loss: float  # mean over the valid tokens of the global batch, before the update
     grad_norm: float  # global, before clipping
     asks: tuple[bool, ...]  # each question: whether any rank asked it
+    least: tuple[float, ...] = ()  # the MIN over all ranks of what each of them said
 
 
 class Gradients:
@@ -130,24 +131,30 @@ class ShardedAdamW:
         ]
         self._count = torch.zeros((), device=state.state.device)
 
-    def update(self, losses: Tensor, *, lr: float, asks: Sequence[bool] = ()) -> Update:
+    def update(
+        self, losses: Tensor, *, lr: float, asks: Sequence[bool] = (), says: Sequence[float] = ()
+    ) -> Update:
         """One step. `losses` [replicas of this rank], zero but on the ranks that count.
 
-        `asks` are this rank's wishes (to stop, to save): all ranks learn of them in the same step.
+        `asks` are this rank's wishes (to stop, to save): all ranks learn of them in the same step. Of each
+        number that it `says` all learn the least.
 
         The gradient is finite or the update does not happen: a NaN would reach every weight.
         """
         grads = self.gradients.sum()
         squares = torch.stack([torch.linalg.vector_norm(grads[piece]).square() for piece in self._pieces])
-        wishes = [torch.full_like(losses, float(wish)) for wish in asks]
-        loss, square, *wished = self._totals(torch.stack((losses, squares, *wishes), dim=1).double())
+        others = [losses.new_full(losses.shape, value, dtype=torch.float64) for value in (*asks, *says)]
+        rows = self._gathered(torch.stack((losses.double(), squares.double(), *others), dim=1))
+        summed = 2 + len(asks)
+        loss, square, *wished = _totals(rows, summed)
+        least = tuple(min(column) for column in zip(*(row[summed:] for row in rows), strict=True))
         norm = math.sqrt(square)
         if math.isfinite(norm):
             too_long = self.config.clip and norm > self.config.clip
             self._adamw(grads, lr, norm / self.config.clip if too_long else 1.0)
         self.publish()
         self.state.step += 1
-        return Update(loss=loss, grad_norm=norm, asks=tuple(wish > 0 for wish in wished))
+        return Update(loss=loss, grad_norm=norm, asks=tuple(wish > 0 for wish in wished), least=least)
 
     def publish(self) -> None:
         """Every rank's weights from the owners' master weights: after an update and after a restore."""
@@ -162,8 +169,8 @@ class ShardedAdamW:
         dist.all_gather_into_tensor(state.weights, own, group=self.groups.dp)
         self._session.go_on()
 
-    def _totals(self, mine: Tensor) -> list[float]:
-        """[replicas of this rank, n] summed over all ranks, in the order of replica, stage, shard."""
+    def _gathered(self, mine: Tensor) -> list[list[float]]:
+        """[replicas of this rank, n] of all ranks, in the order of replica, stage, shard."""
         layout, rows = self.groups.layout, mine
         if self.groups.world is not None:
             every = mine.new_empty(layout.world_size * mine.shape[0], mine.shape[1])
@@ -172,10 +179,8 @@ class ShardedAdamW:
             self._session.go_on()
             by_replica = every.view(layout.dp, layout.replica_size, *mine.shape).transpose(1, 2)
             rows = by_replica.reshape(-1, mine.shape[1])
-        totals = [0.0] * mine.shape[1]
-        for row in rows.tolist():
-            totals = [a + b for a, b in zip(totals, row, strict=True)]
-        return totals
+        found: list[list[float]] = rows.tolist()
+        return found
 
     def _adamw(self, grads: Tensor, lr: float, too_long: float) -> None:
         state, config = self.state, self.config
@@ -192,3 +197,11 @@ class ShardedAdamW:
                 [self._count], lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=decay,
                 eps=config.eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
             )  # fmt: skip
+
+
+def _totals(rows: list[list[float]], columns: int) -> list[float]:
+    """Added one after the other: `sum` rounds in another way in newer Pythons."""
+    totals = [0.0] * columns
+    for row in rows:
+        totals = [a + b for a, b in zip(totals, row[:columns], strict=True)]
+    return totals

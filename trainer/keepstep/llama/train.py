@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from torch.distributed import ProcessGroup
 
 from keepstep.core.errors import InputError, KeepstepError
-from keepstep.llama import parallel
+from keepstep.llama import memory, parallel
 from keepstep.llama.data import Corpus
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import TrainJob
+from keepstep.llama.memory import Snapshots
 from keepstep.llama.optimizer import Update
 from keepstep.llama.trainer import Rates, Trainer
 from keepstep.session import Phase, Session, current
@@ -68,19 +69,23 @@ def run(job: TrainJob, session: Session) -> int:
     )  # fmt: skip
     trainer = Trainer(job, groups, corpus, device=device, session=session)
     beside = parallel.beside(groups, timeout_s=job.timeout_s) if job.checkpoint else None
-    begin(trainer, corpus, beside)
+    snapshots = Snapshots(job, trainer.state, session, lambda step: {"data": corpus.position(step)})
+    begin(trainer, corpus, beside, snapshots)
     keeper = Keeper(trainer, corpus, beside)
-    stopped = _loop(trainer, keeper, stop)
+    stopped = _loop(trainer, keeper, snapshots, stop)
     keeper.finish()
+    snapshots.close()
     session.phase(Phase.FINISHED)
     parallel.leave()
     return STOPPED if stopped else 0
 
 
-def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None) -> None:
-    """The state of the first step: from the checkpoint to restore, given weights, or chance."""
+def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None, snapshots: Snapshots) -> None:
+    """The state of the first step: from memory or the checkpoint to restore, given weights, or chance."""
     job, state = trainer.job, trainer.state
-    if job.restore is not None:
+    if job.memory is not None:
+        corpus.check(memory.load(job, state, snapshots.slots, dp_rank=trainer.groups.at.dp)["data"])
+    elif job.restore is not None:
         from keepstep.llama.checkpoint import load
 
         if job.checkpoint is None:
@@ -94,6 +99,8 @@ def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None) -> None:
     else:
         initialise(state, job.shape, job.seed)
     trainer.optimizer.publish()
+    if job.restore is not None:
+        snapshots.resume(state.step)
     trainer.session.resumed(state.step)
 
 
@@ -149,12 +156,14 @@ class Keeper:
             self._saver.close()
 
 
-def _loop(trainer: Trainer, keeper: Keeper, stop: StopSignal) -> bool:
+def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSignal) -> bool:
     """Steps until all are done (False) or a rank was told to stop (True)."""
     job, session, state = trainer.job, trainer.session, trainer.state
     while state.step < job.steps:
         started = time.perf_counter()
-        update = trainer.step(asks=(stop.came, keeper.due))
+        update = trainer.step((stop.came, keeper.due), says=lambda: snapshots.says, gate=snapshots.complete)
+        snapshots.heard(update.least)
+        snapshots.take(state.step)
         rates = trainer.rates(time.perf_counter() - started)
         session.step_done(
             state.step, loss=update.loss, grad_norm=update.grad_norm,

@@ -1,6 +1,6 @@
 """One rank's trainer: its share of the model, and a step from data to updated weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,8 +63,18 @@ class Trainer:
         """Whether this is the one rank that prints."""
         return self.counts_loss and self.groups.at.dp == 0
 
-    def step(self, asks: Sequence[bool] = ()) -> Update:
-        """Forward, backward and update on the global batch that follows the present step."""
+    def step(
+        self,
+        asks: Sequence[bool] = (),
+        *,
+        says: Callable[[], Sequence[float]] = tuple,
+        gate: Callable[[], None] = lambda: None,
+    ) -> Update:
+        """Forward, backward and update on the global batch that follows the present step.
+
+        `gate` is called before the first gradient collective: what must be complete by then. `says` is asked
+        just before the update.
+        """
         job, state = self.job, self.state
         self.session.phase(Phase.DATA)
         mine = self.optimizer.gradients.mine
@@ -82,8 +92,10 @@ class Trainer:
             if self.counts_loss:
                 losses[replica] = loss
             self.session.phase(Phase.OPTIMIZER)
+            gate()
             self.optimizer.gradients.collect(replica)
-        return self.optimizer.update(losses, lr=job.optimizer.lr_at(state.step, job.steps), asks=asks)
+        lr = job.optimizer.lr_at(state.step, job.steps)
+        return self.optimizer.update(losses, lr=lr, asks=asks, says=says())
 
     def rates(self, elapsed_s: float) -> Rates:
         """Of one step that took this long."""

@@ -1,0 +1,272 @@
+"""The agent's side of carriers: one for each job that has ranks here, or may have.
+
+A carrier is found by its socket, so a new agent finds what the one before has started. What it holds is asked
+for each second, and once more before an attempt is reported dead: what the controller decides from must have
+been looked at after the death. A carrier that cannot be had costs snapshots in memory, never the job.
+"""
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keepstep.agent.carrier.__main__ import LOG, STATE
+from keepstep.agent.carrier.server import SOCKET
+from keepstep.agent.folder import Folder
+from keepstep.agent.rank import lines, processes
+from keepstep.core.clock import Clock
+from keepstep.core.errors import KeepstepError, Refused, TimedOut, Unreachable
+from keepstep.core.layout import Layout
+from keepstep.wire.messages import Held, Launch, SnapshotStatus
+
+_log = logging.getLogger("keepstep.agent")
+_RETRY_S = 0.02
+_START_S = 20.0
+_ANSWER_S = 5.0
+_PREPARE_S = 240.0  # states of many gigabytes come from other nodes
+_REFRESH_S = 1.0
+_LOOK_S = 2.0  # of which a death may be late
+
+
+@dataclass(slots=True)
+class _Carrier:
+    directory: Path
+    address: str
+    seen: dict[str, Any] = field(default_factory=dict)  # its last answer
+    told: dict[str, Any] = field(default_factory=dict)  # where its peers are
+    trouble: str = ""
+    one: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Carriers:
+    def __init__(
+        self, folder: Folder, clock: Clock, *, bytes_max: int | None, changed: Callable[[], None],
+        tell: Callable[[str, str, str], None],
+    ) -> None:  # fmt: skip
+        self._folder, self._clock, self._bytes_max = folder, clock, bytes_max
+        self._changed, self._tell = changed, tell  # tell: kind of event, job, text
+        self._known: dict[str, _Carrier] = {}
+        for directory in folder.carriers.glob("*"):
+            self._known[directory.name] = _Carrier(directory, "")
+
+    def directory(self, job: str) -> Path:
+        return self._folder.carriers / job
+
+    # ---------------------------------------------------------------- for an attempt
+
+    async def prepare(self, launch: Launch, address: str) -> str:
+        """What this attempt's ranks will need of earlier ones is here. "", or why there are no snapshots.
+
+        Errors: KeepstepError when a state that is to be restored from memory cannot be had.
+        """
+        if not launch.secret:
+            return "snapshots in memory are off"
+        carrier = self._known.setdefault(launch.job, _Carrier(self.directory(launch.job), address))
+        carrier.address = address
+        request = {
+            "do": "prepare", "attempt": launch.attempt, "world": launch.world_size,
+            "ranks": list(launch.ranks), "lineage": [list(branch) for branch in launch.lineage],
+            "memory": _memory(launch),
+        }  # fmt: skip
+        try:
+            await self._ensure(carrier)
+            await self._meet(carrier, launch)
+            await self._ask(carrier, request, within_s=_PREPARE_S)
+        except KeepstepError as error:
+            if launch.memory is not None:
+                raise
+            self._trouble(launch.job, carrier, str(error))
+            return str(error)
+        return ""
+
+    async def begin(self, launch: Launch, address: str) -> None:
+        """Start it, while other things are prepared that take longer."""
+        if launch.secret:
+            carrier = self._known.setdefault(launch.job, _Carrier(self.directory(launch.job), address))
+            carrier.address = address
+            with suppress(KeepstepError):  # said by `prepare`
+                await self._ensure(carrier)
+
+    async def meet(self, launch: Launch) -> None:
+        """Tell it where its peers are now, and who is its buddy."""
+        carrier = self._known.get(launch.job)
+        if carrier is None or not launch.secret:
+            return
+        try:
+            await self._meet(carrier, launch)
+        except KeepstepError as error:
+            _log.warning("the carrier of %s: %s", launch.job, error)
+
+    async def look(self, job: str) -> None:
+        """What it holds at this moment. A carrier that does not answer holds nothing."""
+        carrier = self._known.get(job)
+        if carrier is None:
+            return
+        before = carrier.seen
+        try:
+            carrier.seen = await self._ask(carrier, {"do": "held"}, within_s=_LOOK_S)
+        except KeepstepError:
+            carrier.seen = {}
+        if before.get("port") != carrier.seen.get("port"):
+            self._changed()
+
+    async def follow(self, living: Callable[[], Iterable[Launch]]) -> None:
+        """For ever: what carriers hold, and another one where one is gone while ranks need it."""
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            for job in list(self._known):
+                await self.look(job)
+            for launch in living():
+                carrier = self._known.get(launch.job)
+                if carrier is not None and not carrier.seen and carrier.address:
+                    try:
+                        await self._ensure(carrier)
+                        carrier.told = {}
+                        await self._meet(carrier, launch)
+                        self._changed()
+                    except KeepstepError as error:
+                        self._trouble(launch.job, carrier, str(error))
+
+    def statuses(self) -> tuple[SnapshotStatus, ...]:
+        return tuple(
+            SnapshotStatus(
+                job=job,
+                address=(carrier.address, int(carrier.seen["port"])),
+                memory_bytes=int(carrier.seen["memory_bytes"]),
+                held=tuple(
+                    Held(rank=rank, world=world, attempt=attempt, step=step, own=own)
+                    for rank, world, attempt, step, own in carrier.seen["held"]
+                ),
+            )
+            for job, carrier in sorted(self._known.items())
+            if carrier.seen
+        )
+
+    # ---------------------------------------------------------------- the end
+
+    async def release(self, wanted: Iterable[str]) -> None:
+        """End the carriers of jobs that nothing here needs any more."""
+        keep = frozenset(wanted)
+        for job in [job for job in self._known if job not in keep]:
+            carrier = self._known.pop(job)
+            await self._end(carrier)
+            self._changed()
+
+    async def _end(self, carrier: _Carrier) -> None:
+        with suppress(KeepstepError):
+            await self._ask(carrier, {"do": "end"})
+        deadline = self._clock.monotonic() + _ANSWER_S
+        while (process := self._process(carrier)) is not None:
+            if self._clock.monotonic() > deadline:
+                processes.send(process, 9)
+            await asyncio.sleep(_RETRY_S)
+
+    # ---------------------------------------------------------------- within
+
+    async def _meet(self, carrier: _Carrier, launch: Launch) -> None:
+        told = {
+            "addresses": {node: list(address) for node, address in launch.carriers.items()},
+            "buddy": launch.buddy, "secret": launch.secret, "bytes_max": self._bytes_max,
+        }  # fmt: skip
+        if told != carrier.told:
+            await self._ask(carrier, {"do": "peers", **told})
+            carrier.told = told
+
+    async def _ensure(self, carrier: _Carrier) -> None:
+        """Find it, or start one. Errors: TimedOut, Unreachable."""
+        async with carrier.one:
+            deadline = self._clock.monotonic() + _START_S
+            started = False
+            while True:
+                try:
+                    carrier.seen = await self._ask(carrier, {"do": "hello"})
+                    carrier.trouble = ""
+                    return
+                except Unreachable:
+                    pass
+                if not started and self._process(carrier) is None:
+                    await asyncio.to_thread(_start, carrier.directory, carrier.address)
+                    carrier.told, started = {}, True
+                if self._clock.monotonic() > deadline:
+                    raise TimedOut("the carrier does not answer", where=str(carrier.directory))
+                await asyncio.sleep(_RETRY_S)
+
+    async def _ask(
+        self, carrier: _Carrier, request: dict[str, Any], *, within_s: float = _ANSWER_S
+    ) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        try:
+            peer = lines.connect(carrier.directory / SOCKET)
+            try:
+                async with asyncio.timeout(within_s):
+                    await loop.sock_sendall(peer, json.dumps(request).encode() + b"\n")
+                    data = b""
+                    while not data.endswith(b"\n"):
+                        more = await loop.sock_recv(peer, 1 << 16)
+                        if not more:
+                            raise ConnectionResetError("it hung up")
+                        data += more
+            finally:
+                peer.close()
+        except OSError as error:  # TimeoutError is one
+            why = str(error) or f"no answer within {within_s:g} s"
+            raise Unreachable("no carrier", where=str(carrier.directory), why=why) from error
+        answer: dict[str, Any] = json.loads(data)
+        if "error" in answer:
+            raise Refused("the carrier refuses", why=str(answer["error"]))
+        if "held" in answer:
+            carrier.seen = answer
+        return answer
+
+    def _process(self, carrier: _Carrier) -> processes.Process | None:
+        try:
+            identity = json.loads((carrier.directory / STATE).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        process = processes.read(int(identity["pid"]))
+        alive = processes.is_alive(int(identity["pid"]), int(identity["start_ticks"]))
+        return process if alive else None
+
+    def _trouble(self, job: str, carrier: _Carrier, why: str) -> None:
+        """Said once, until it changes."""
+        if carrier.trouble != why:
+            carrier.trouble = why
+            _log.warning("no snapshots in memory for %s: %s", job, why)
+            self._tell("snapshots_off", job, f"no snapshots in memory: {why}")
+
+
+def _memory(launch: Launch) -> dict[str, Any] | None:
+    """Which old ranks' states this node's ranks begin from, and who holds each."""
+    memory = launch.memory
+    if memory is None or launch.restore is None:
+        return None
+    old, new = Layout(**memory.layout), Layout(**launch.layout)
+    wanted = set()
+    for rank in launch.ranks:
+        at = new.coordinates(rank)
+        for dp in new.sources(old, at.dp):
+            wanted.add(int(old.rank(dp=dp, pp=at.pp, cp=at.cp, tp=at.tp)))
+    return {
+        "world": old.world_size,
+        "at": list(launch.restore),
+        "wanted": [[rank, list(memory.holders[rank])] for rank in sorted(wanted)],
+    }
+
+
+def _start(directory: Path, address: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    command = [sys.executable, "-I", "-m", "keepstep.agent.carrier", str(directory), address]
+    try:
+        subprocess.run(
+            command, env={"LC_CTYPE": "C.UTF-8"}, stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=_START_S, check=True, cwd="/", text=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        raise Unreachable("the carrier could not be started", where=str(directory / LOG), why=said) from error

@@ -1,0 +1,188 @@
+"""What jobs recover from when ranks, nodes, carriers and agents are killed: memory, not storage.
+
+KEEPSTEP_TEST_KILLS: how many kills at random moments one job has to live through.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from cluster import Cluster, Json
+from specs import CUBE, TINY
+
+KILLS = int(os.environ.get("KEEPSTEP_TEST_KILLS", "15"))
+Start = Callable[..., Cluster]
+Curve = Callable[[str], dict[int, float]]
+
+
+def attempts(cluster: Cluster, job: str) -> list[Json]:
+    found: list[Json] = cluster.client.get(f"/jobs/{job}/attempts")["attempts"]
+    return sorted(found, key=lambda attempt: int(attempt["number"]))
+
+
+def from_memory(attempt: Json) -> bool:
+    return bool(attempt["restore"] and "memory" in attempt["restore"])
+
+
+def replayed(cluster: Cluster, job: str) -> list[int]:
+    """Steps that each attempt after the first did again, by the points that the one before has left."""
+    points = cluster.client.pages(f"/jobs/{job}/metrics", "points", limit=10_000)
+    done: dict[int, int] = {}
+    for point in points:
+        done[point["attempt"]] = max(done.get(point["attempt"], 0), point["step"])
+    newest, found = 0, []
+    for attempt in attempts(cluster, job):
+        if attempt["number"] > 1:
+            found.append(max(0, newest - int(attempt["parent"]["step"])))
+        newest = max(newest, done.get(attempt["number"], 0))
+    return found
+
+
+def assert_equal(cluster: Cluster, job: str, curve: dict[int, float]) -> None:
+    """Bitwise, wherever a point was recorded: one that died with its node is lost."""
+    mine = cluster.losses(job)
+    assert mine
+    assert {step: loss for step, loss in mine.items() if loss != curve[step]} == {}
+
+
+def carrier_pid(cluster: Cluster, node: str, job: str) -> int:
+    path = cluster.home.nodes / node / "carrier" / job / "carrier.json"
+    return int(json.loads(path.read_bytes())["pid"])
+
+
+@pytest.mark.timeout(900 + 60 * KILLS)
+def test_kills_at_random_moments(start: Start, undisturbed: Curve) -> None:
+    """While it steps, restores, meets; one rank or two at once. Nothing comes from storage."""
+    spec = CUBE.replace("steps: 60", f"steps: {4 * KILLS}")
+    curve = undisturbed(spec)
+    cluster = start(nodes=2, slots=4)
+    job = cluster.submit(spec)
+    chance = random.Random(KILLS)
+    cluster.wait_step(job, 2)
+    for _ in range(KILLS):
+        if chance.random() < 0.7:
+            told = cluster.wait_state(job, "running", "succeeded")
+            if told["state"] == "succeeded":
+                break
+            time.sleep(chance.uniform(0.0, 0.6))
+        else:  # wherever the recovery from the last kill is by now
+            time.sleep(chance.uniform(0.0, 1.5))
+        for rank in chance.sample(range(8), chance.choice((1, 1, 2))):
+            pid = cluster.ranks(job).get(rank, {}).get("pid") or 0
+            if pid:
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+    cluster.wait_state(job, "succeeded", within_s=60.0 * KILLS)
+    tried = attempts(cluster, job)[1:]
+    assert len(tried) >= KILLS // 3
+    assert [attempt["number"] for attempt in tried if not from_memory(attempt)] == []
+    assert max(replayed(cluster, job)) <= 1
+    assert cluster.losses(job) == curve
+
+
+def test_a_lost_nodes_states_come_from_its_buddy(start: Start, undisturbed: Curve) -> None:
+    cluster = start(nodes=3, slots=2)
+    job = cluster.submit(TINY, "resources.spares=1")
+    cluster.wait_step(job, 6)
+    cluster.lose_node("a")
+    told = cluster.wait_step(job, 7, attempt=2)
+    assert told["attempt"]["rung"] == "spare"
+    assert from_memory(told["attempt"])
+    assert "2 of 4 as buddies' copies" in told["attempt"]["reason"]
+    cluster.wait_state(job, "succeeded")
+    assert_equal(cluster, job, undisturbed(TINY))
+
+
+def test_a_smaller_gang_begins_from_memory(start: Start, undisturbed: Curve) -> None:
+    cluster = start(nodes=2, slots=2)
+    job = cluster.submit(TINY)
+    cluster.wait_step(job, 6)
+    cluster.lose_node("b")
+    told = cluster.wait_step(job, 7, attempt=2)
+    assert told["layout"]["dp"] == 1
+    assert from_memory(told["attempt"])
+    cluster.kill_rank(job, 1)
+    told = cluster.wait(job, lambda told: told["attempt"]["number"] > 2)
+    assert from_memory(told["attempt"]), "the smaller gang keeps its own"
+    cluster.wait_state(job, "succeeded")
+    assert_equal(cluster, job, undisturbed(TINY))
+
+
+def test_a_killed_carrier_is_replaced_while_ranks_go_on(start: Start, undisturbed: Curve) -> None:
+    cluster = start(nodes=2, slots=2)
+    job = cluster.submit(TINY, "run.llama.steps=2000", "checkpoint.every=1000 steps")
+    cluster.wait_step(job, 4)
+    before = carrier_pid(cluster, "a", job)
+    os.kill(before, signal.SIGKILL)
+    cluster.until(lambda: carrier_pid(cluster, "a", job) != before, "another carrier")
+    step = cluster.job(job)["progress"]["step"]
+    told = cluster.wait_step(job, step + 150)
+    assert told["attempt"]["number"] == 1, "losing a carrier must not cost an attempt"
+    cluster.kill_rank(job, 0)
+    told = cluster.wait(job, lambda told: told["attempt"]["number"] == 2)
+    assert from_memory(told["attempt"])
+    assert "4 of 4 ranks in place" in told["attempt"]["reason"]
+    cluster.wait(job, lambda told: told["attempt"]["first_step_at"])
+    curve = undisturbed(TINY)
+    cluster.client.post(f"/jobs/{job}/cancel", {"reason": "test"})
+    cluster.wait_state(job, "cancelled")
+    losses = cluster.losses(job)
+    assert {step: loss for step, loss in losses.items() if step in curve and loss != curve[step]} == {}
+
+
+def test_an_agents_death_leaves_snapshots_where_they_are(start: Start, undisturbed: Curve) -> None:
+    cluster = start(nodes=2, slots=2)
+    job = cluster.submit(TINY, "run.llama.steps=200")
+    cluster.wait_step(job, 4)
+    before = cluster.agent_pid("a")
+    carrier = carrier_pid(cluster, "a", job)
+    os.kill(before, signal.SIGKILL)
+    cluster.kill_rank(job, 2)
+    told = cluster.wait(job, lambda told: told["attempt"]["number"] == 2)
+    assert from_memory(told["attempt"])
+    assert carrier_pid(cluster, "a", job) == carrier
+    cluster.wait_state(job, "succeeded")
+    curve = undisturbed(TINY)
+    losses = cluster.losses(job)
+    assert {step: loss for step, loss in losses.items() if step in curve and loss != curve[step]} == {}
+
+
+SCRIPT = """
+name: kept
+resources: {{nodes: 2, gpus_per_node: 1}}
+run: {{command: [{python}, kept.py, "40", "{kill_at}"], workdir: {folder}, ship: none}}
+checkpoint: {{snapshot_every: 1 step}}
+"""
+
+
+def test_a_script_goes_on_from_memory_alone(start: Start) -> None:
+    cluster = start(nodes=2, slots=1)
+    folder = Path(__file__).parent / "scripts"
+    said = []
+    for kill_at in (0, 25):
+        job = cluster.submit(SCRIPT.format(python=sys.executable, folder=folder, kill_at=kill_at))
+        cluster.wait_state(job, "succeeded")
+        lines = cluster.client.get(f"/jobs/{job}/logs", tail=20)["lines"]
+        said.append(next(line["text"] for line in lines if "started at" in line["text"]))
+    assert said[0].startswith("started at 0, ")
+    assert said[1].startswith("started at 24, ")
+    assert said[0].split("weights")[1] == said[1].split("weights")[1]
+
+
+def test_never_means_never(start: Start) -> None:
+    cluster = start(nodes=2, slots=2)
+    job = cluster.submit(TINY, "checkpoint.snapshot_every=never")
+    cluster.wait_step(job, 6)
+    assert not list(cluster.home.nodes.glob("*/carrier/*"))
+    cluster.kill_rank(job, 0)
+    told = cluster.wait_step(job, 7, attempt=2)
+    assert told["attempt"]["restore"]
+    assert not from_memory(told["attempt"])

@@ -1,0 +1,149 @@
+"""The trainer's snapshots in memory: one copy of the owned state after each step, and back.
+
+The owned state is one contiguous tensor, so a snapshot is one copy. On a GPU it goes to pinned memory on a
+stream of its own while the next step computes, and is waited for at the gate; on a CPU it is made at once.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keepstep.core.errors import Unreachable
+from keepstep.core.layout import Layout
+from keepstep.core.snapshots import Stamp
+from keepstep.llama.checkpoint.pieces import owned_pieces
+from keepstep.llama.flat import FlatState
+from keepstep.llama.job import TrainJob
+from keepstep.session import Session
+from keepstep.session.slots import NEVER, Says, Slots
+
+_VALUES_BYTES = 4096  # of a description, for what changes with the step
+
+
+class Snapshots:
+    """Silent (nothing is taken) where there are no slots: other ranks learn of it by what this one says."""
+
+    def __init__(
+        self, job: TrainJob, state: FlatState, session: Session, values: Callable[[int], dict[str, Any]]
+    ) -> None:
+        """`values`: what belongs to the state after a step beside its tensors, as JSON."""
+        self._state, self._session, self._values = state, session, values
+        self._every = 1 if job.snapshot_every is None else job.snapshot_every
+        self._fixed = json.dumps(_description(job, state))
+        self._bytes = state.state.numel() * state.state.element_size()
+        self.slots: Slots | None = None
+        if self._every:
+            self.slots = Slots.open(
+                os.environ, rank=session.rank, world=job.layout.world_size, attempt=job.attempt,
+                description_max=len(self._fixed) + _VALUES_BYTES, payload_max=self._bytes,
+            )  # fmt: skip
+        numbers = range(3) if self.slots else ()
+        self._targets = [self._target(number) for number in numbers]
+        on_device = state.state.is_cuda and self.slots is not None
+        self._stream = torch.cuda.Stream() if on_device else None  # type: ignore[no-untyped-call]
+        self._under_way: int | None = None  # the step whose copy is not finished
+
+    @property
+    def says(self) -> Says:
+        return self.slots.says if self.slots else (-1.0, NEVER)
+
+    def heard(self, least: tuple[float, ...]) -> None:
+        if self.slots:
+            self.slots.heard((least[0], least[1]))
+
+    def resume(self, step: int) -> None:
+        """The state that the attempt begins from is protected before its first step."""
+        if self.slots and not self.slots.resume(step):
+            self._begin(step)
+            self.complete()
+
+    def take(self, step: int) -> None:
+        """After an update: begin the copy."""
+        if self._every and step % self._every == 0:
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        number = self.slots.begin(step) if self.slots else None
+        if number is None:
+            return
+        begun = time.monotonic_ns()
+        self._under_way = step
+        if self._stream is None:
+            self._targets[number].copy_(self._state.state)
+            self.complete()
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._targets[number].copy_(self._state.state, non_blocking=True)
+        self._session.stalled(time.monotonic_ns() - begun)
+
+    def complete(self) -> None:
+        """The gate: before the next gradient collective the copy is whole."""
+        if self._under_way is None:
+            return
+        assert self.slots is not None
+        step, self._under_way = self._under_way, None
+        if self._stream is not None:
+            self._stream.synchronize()
+        values = json.dumps(self._values(step))
+        self.slots.finish(f'{{"values":{values},{self._fixed[1:]}'.encode(), self._bytes)
+        self._session.snapshotted(step)
+
+    def close(self) -> None:
+        if self.slots:
+            self.slots.close()
+
+    def _target(self, number: int) -> Tensor:
+        assert self.slots is not None
+        target = torch.frombuffer(self.slots.payload(number), dtype=self._state.state.dtype)
+        if self._state.state.is_cuda:  # page-locked, or the copy would not be asynchronous
+            torch.cuda.cudart().cudaHostRegister(target.data_ptr(), self._bytes, 0)  # type: ignore[no-untyped-call]
+        return target
+
+
+def load(job: TrainJob, state: FlatState, slots: Slots | None, *, dp_rank: int) -> dict[str, Any]:
+    """Fill the owned state from memory, in whatever layout it was taken; the values that belong to it.
+
+    Errors: Unreachable where this rank has no carrier.
+    """
+    assert job.restore is not None
+    assert job.memory is not None
+    if slots is None:
+        raise Unreachable("the state to begin from is in memory, and this rank has no carrier")
+    at = Stamp(job.restore.attempt, job.restore.step)
+    old, index = job.memory, state.index
+    replicas = job.layout.sources(old, dp_rank)
+    coordinates = job.layout.coordinates(slots.shape.rank)
+    ranks = [int(old.rank(dp=dp, pp=coordinates.pp, tp=coordinates.tp)) for dp in replicas]
+    found = slots.load(ranks, old.world_size, at)
+    shard, owned = index.length // old.dp, index.owned(dp_rank)
+    parts = state.state.view(3, -1)
+    for dp, held in zip(replicas, found, strict=True):
+        theirs = torch.frombuffer(held.payload, dtype=state.state.dtype).view(3, shard)
+        first, last = max(owned.start, dp * shard), min(owned.stop, (dp + 1) * shard)
+        parts[:, first - owned.start : last - owned.start].copy_(
+            theirs[:, first - dp * shard : last - dp * shard]
+        )
+    state.step = job.restore.step
+    values: dict[str, Any] = json.loads(found[0].description)["values"]
+    return values
+
+
+def _description(job: TrainJob, state: FlatState) -> dict[str, Any]:
+    """Enough to load the payload, or to write it to storage, without knowing the trainer."""
+    layout: Layout = job.layout
+    return {
+        "job": job.id,
+        "layout": {"dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "tp": layout.tp},
+        "dtype": str(state.state.dtype).removeprefix("torch."),
+        "parts": ["model", "optimizer.exp_avg", "optimizer.exp_avg_sq"],
+        "pieces": [
+            [p.name, p.global_shape, p.offset, p.size, p.start, p.replicated]
+            for p in owned_pieces(state.index, state.dp_rank)
+        ],
+    }
