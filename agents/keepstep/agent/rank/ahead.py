@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -168,9 +169,8 @@ def _renumbered(have: list[int], wanted: list[int]) -> list[int]:
 
 def _open_device(k: int) -> None:
     """The CUDA context of the k-th device; the current device stays the first, as in a fresh process."""
-    import torch
-
-    if torch.cuda.is_available():
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         with torch.cuda.device(k):
             torch.zeros(1, device="cuda")
 

@@ -233,7 +233,7 @@ def _told(names: tuple[str, ...], tell: Callable[[dict[str, Any]], object]) -> N
             tell({"began": name})
             try:
                 importlib.import_module(name)
-            except BaseException as error:  # noqa: BLE001 - whatever somebody else's module raises
+            except BaseException as error:  # noqa: BLE001 - outermost of a strange module
                 tell({"unfit": [_top(name)], "why": f"{name} cannot be imported: {error}"})
             for variable, importers in reads.of_a_rank:
                 tell(
