@@ -19,6 +19,7 @@ from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
 from keepstep.agent.pulse import Pulses, phases
 from keepstep.agent.rank.protocol import IDENTITY, LAUNCH, RankState, ShimStatus
+from keepstep.agent.standbys import Place
 from keepstep.agent.surroundings import Surroundings
 from keepstep.agent.unfinished import let_finish
 from keepstep.core import durable
@@ -132,7 +133,8 @@ class Attempt:
         self._wait_for("the job's files")
         made = self._made = await around.recipe_for(launch.job, launch.run, self.directory)
         self._wait_for("the standby server" if made.modules else "")
-        server, self._cold_reason = await around.standbys.ready(launch.job, made)
+        place = Place(ranks=len(launch.ranks), gpus=around.slots.gpus(self._slots))
+        server, self._cold_reason = await around.standbys.ready(launch.job, made, place)
         if earlier := around.predecessors(*self.key):
             self._wait_for("an earlier attempt to be dead")
             await asyncio.wait([asyncio.ensure_future(end) for end in earlier])
@@ -148,7 +150,9 @@ class Attempt:
             carrier=str(around.carriers.directory(launch.job)) if launch.secret else "",
         )  # fmt: skip
         file = preparation.launch_file(launch, made, site)
-        return await shimlink.launch(self.directory, file, standby=server)
+        shim = await shimlink.launch(self.directory, file, standby=server)
+        around.standbys.spent(launch.job, made, place)
+        return shim
 
     async def _adopt(self) -> shimlink.Shim | None:
         """What became of a shim that was started: a link to it, or None when all is over."""
