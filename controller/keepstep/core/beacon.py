@@ -28,6 +28,7 @@ _RECORD = struct.Struct("<QqQIIQQQQqqqQQQQ16sQQ")
 _RECORDS = (64, 256)
 _TABLE, _ROWS, _ROW = 448, 12, 96
 _SEEN = struct.Struct("<QQQQ")  # completed, sum, waited, longest; then the bins
+_SEEN_HALVES = _SEEN.size // 2
 BINS = 32
 _POINT = struct.Struct("<QQdddddQ")
 _RING, _RING_SIZE = 1600, 39
@@ -211,7 +212,7 @@ class BeaconWriter:
             sums[at + 2] += waited_ns
         if ns > sums[at + 3]:  # noqa: PLR1730 - `max` takes twice the time
             sums[at + 3] = ns
-        bins, first = self._bins, (phase * _ROW + _SEEN.size) // 2
+        bins, first = self._bins, phase * (_ROW // 2) + _SEEN_HALVES
         k = first + (bin_of(ns) if ns >> 20 else 0)
         if bins[k] == 0xFFFF:  # older durations count less, so a drift is followed
             for each in range(first, first + BINS):
