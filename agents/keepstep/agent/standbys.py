@@ -194,12 +194,12 @@ class Standbys:
         state = full.server.state
         if server is not None and state is not None:
             known = self._learnt.of(recipe.script)
-            now = replace(known, tried=True, unfit={**known.unfit, **state.unfit})
+            conflict = contradiction(recipe.early, state.reads, recipe.given)
+            now = replace(known, tried=True, unfit={**known.unfit, **state.unfit}, conflict=conflict)
             if now != known:
                 await asyncio.to_thread(self._learnt.keep, recipe.script, now)
-            if not (conflict := contradiction(recipe.early, state.reads, recipe.given)):
+            if not conflict:
                 return True
-            full.state, full.reason = "broken", conflict
             self._tell("standby_broken", job, f"what the script imports is not loaded ahead: {conflict}")
         self._leave(job, full)
         return False
