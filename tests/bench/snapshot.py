@@ -24,6 +24,7 @@ import torch
 
 import carriers
 from carriers import Node, agree, nodes, protect
+from keepstep.llama.parity import EVERY, sum_of
 from keepstep.session.slots import Slots
 
 STATE = 3 * 427_008  # fp32 elements: the owned half of 854,016 parameters and both moments
@@ -118,6 +119,13 @@ def to_the_buddy(pair: list[Node]) -> dict[str, float]:
     }
 
 
+def parity() -> dict[str, float]:
+    """Summing the bits of state and weights after one update and before the next, every so many steps."""
+    state, weights = torch.randn(STATE), torch.randn(2 * STATE // 3)
+    took = [seconds(lambda: torch.stack([sum_of(part) for part in (state, weights)])) for _ in range(ROUNDS)]
+    return {"parity_share": 2 * statistics.median(took) / (EVERY * STEP_S)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="keepstep-bench-") as folder:
@@ -125,6 +133,7 @@ def main() -> None:
             figures = stalls(alone)
         with nodes(Path(folder) / "two", "a", "b") as pair:
             figures |= to_the_buddy(pair)
+    figures |= parity()
     rounded = {name: round(value, 4) for name, value in figures.items()}
     context = {"load": round(os.getloadavg()[0], 1), "state_mb": round(4 * STATE / 1e6, 1)}
     print(json.dumps({"bench": "snapshot", "figures": rounded, "context": context}))

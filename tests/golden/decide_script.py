@@ -10,14 +10,16 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
-           [process= held= still= wait=GROUP:SEQUENCE|rank:N]      as the agent's looks found it
+           [trouble= after=STEP] [pace=STEP/OWN/DATA/WAITED/STARVED]
+           [process= held= still= wait=GROUP:SEQUENCE|rank:N]       as its agent found it
+    told "SIGNATURE"=AGE ...        what was found in this attempt, and how long ago
     still SECONDS                   no counter of any rank has moved for so long
     usual PHASE SECONDS [count= odd=]       what the job has learnt of a phase; `odd`: one took so long
     look AGE [examining]            a close look began; what it found follows
     found N [process= kernel= interpreter= stack="INNERMOST, ..." groups="NAME:BEGUN/DONE:OP ..."]
     ended N [on= spares= dp= how=]  the last attempt is over; the job recovers
-    lineage 1 2<1@60 ...            attempt 2 began from attempt 1's step 60
-    failure [age= blame= attempt= step= signature= node= exit_code= error=]
+    lineage 1 2<1@60 3<2@70!69 ...  attempt 2 began from attempt 1's step 60; 3 is good until step 69
+    failure [age= blame= attempt= step= signature= node= rank= exit_code= error=]
     stored [1@60 ...] [from= after= error=]    what a node found in the checkpoint folder
     kept NODE [own] WORLD R@A.S ...   in a node's memory: ranks R of a gang of WORLD, attempt A, step S
                                     (ranks 0-3; without own: buddies' copies); `kept NODE` alone: nothing
@@ -26,7 +28,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     moment SECONDS KIND [attempt= slots= spare_slots= incident= seconds=]
 questions:
     decide                          the plan
-    memory                          the newest state that is whole in memory, and who holds each rank's
+    memory                          the newest state that is whole in memory, who holds it, what is protected
     restore                         the point on the chain that the next attempt begins from
     observe PERIOD WORD ...         silence after ticks that took so many seconds, and `heard`
     ledger UNTIL
@@ -58,7 +60,7 @@ from keepstep.core.states import AttemptState, JobState, NodeState
 from keepstep.decide import plan as p
 from keepstep.decide.account import Moment, ledger
 from keepstep.decide.decide import decide
-from keepstep.decide.restore import memory_point, restore_point
+from keepstep.decide.restore import memory_point, protected_step, restore_point
 from keepstep.decide.silence import Silence
 from keepstep.decide.view import (
     Asked,
@@ -72,6 +74,7 @@ from keepstep.decide.view import (
     Kept,
     Link,
     NodeView,
+    Pace,
     PartPhase,
     PartView,
     RankPhase,
@@ -260,6 +263,9 @@ class Scene:
         alive = sum(rank.phase is RankPhase.RUNNING for rank in ranks)
         self._set_part(replace(part, ranks=ranks, alive=alive))
 
+    def on_told(self, _: list[str], said: Words) -> None:
+        self.jobs[self.job] = replace(self.now, found={key: float(age) for key, age in said.items()})
+
     def on_still(self, flags: list[str], _: Words) -> None:
         attempt = self.now.attempt
         assert attempt is not None
@@ -332,9 +338,13 @@ class Scene:
     def on_lineage(self, flags: list[str], _: Words) -> None:
         links = []
         for flag in flags:
-            number, _less, parent = flag.partition("<")
+            began, _mark, good = flag.partition("!")
+            number, _less, parent = began.partition("<")
             at = _stored(parent) if parent else Stored(attempt=Attempt(0), step=Step(0))
-            links.append(Link(attempt=Attempt(int(number)), parent=at.attempt, parent_step=at.step))
+            until = Step(int(good)) if good else None
+            links.append(
+                Link(attempt=Attempt(int(number)), parent=at.attempt, parent_step=at.step, good_until=until)
+            )
         self.jobs[self.job] = replace(self.now, lineage=tuple(links))
 
     def on_failure(self, _: list[str], said: Words) -> None:
@@ -347,6 +357,7 @@ class Scene:
             node=Node(said["node"]) if "node" in said else None,
             exit_code=int(said.get("exit_code", 1)),
             error=said.get("error", ""),
+            rank=Rank(int(said["rank"])) if "rank" in said else None,
         )
         self.jobs[self.job] = replace(self.now, failures=(*self.now.failures, failure))
 
@@ -408,7 +419,9 @@ class Scene:
             return [f"nothing   {point.reason}"]
         holders = " ".join(",".join(nodes) for nodes in point.memory.holders)
         at, dp = point.at, point.memory.layout.dp
-        return [f"{at.attempt}@{at.step} of dp {dp} from {holders}   {point.reason}"]
+        safe = protected_step(self.now.lineage, self.now.kept, self.now.spec.parallelism)
+        protected = f"protected up to {safe}" if safe >= 0 else "not protected"
+        return [f"{at.attempt}@{at.step} of dp {dp} from {holders}, {protected}   {point.reason}"]
 
     def on_restore(self, *_: object) -> list[str]:
         inventory = self.now.inventory
@@ -490,6 +503,7 @@ _ATTEMPT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "every": ("step_every_s", float),
     "stored": ("checkpoint_step", int),
 }
+_PACE = ("step_s", "own_s", "data_s", "waited_s", "starved_s")
 _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "exit": ("exit_code", int),
     "signal": ("signal", int),
@@ -502,6 +516,9 @@ _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "held": ("process_s", float),
     "still": ("still_s", float),
     "counter": ("counter", int),
+    "pace": ("pace", lambda text: Pace(**dict(zip(_PACE, map(float, text.split("/")), strict=True)))),
+    "trouble": ("trouble", str),
+    "after": ("trouble_step", int),
     "error": ("error", str),
 }
 
@@ -515,7 +532,7 @@ def told(change: p.JobChange) -> list[str]:
     ]
 
 
-def _what(change: p.JobChange) -> str:
+def _what(change: p.JobChange) -> str:  # noqa: C901, PLR0912 - one case a change
     match change:
         case p.Place():
             spares = f", spares {' '.join(change.spares)}" if change.spares else ""
@@ -544,6 +561,9 @@ def _what(change: p.JobChange) -> str:
             return f"wait, {change.due_s:g} s"
         case p.Collect():
             return f"COLLECT {change.kind} from {change.node} within {change.within_s:g} s"
+        case p.Find():
+            sure = f"{change.verdict.confidence:.0%} sure"
+            return f"FIND {change.verdict.kind} in attempt {change.attempt}, {sure}"
         case p.Examine():
             return (
                 f"EXAMINE attempt {change.attempt} on {' '.join(change.nodes)} within {change.within_s:g} s"

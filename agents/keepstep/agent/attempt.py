@@ -157,6 +157,7 @@ class Attempt:
     async def _adopt(self) -> shimlink.Shim | None:
         """What became of a shim that was started: a link to it, or None when all is over."""
         self._address = self._address or self._around.address(len(self.launch.nodes))[0]
+        self._around.carriers.adopt(self.launch, self._around.address(2)[0])
         while True:
             try:
                 found = await shimlink.adopt(self.directory, self.marker, timeout_s=_ADOPT_TIMEOUT_S)
@@ -208,11 +209,12 @@ class Attempt:
     async def _act(self, shim: shimlink.Shim) -> None:
         """Make the newest orders true."""
         launch, phase = self.launch, shim.status.phase
-        await self._around.carriers.meet(launch)
         try:
             if self._stop is not None:
                 await self._end(shim, *self._stop)
-            elif launch.go and launch.master is not None and phase == "prepared" and not self._went:
+                return
+            await self._around.carriers.meet(launch)
+            if launch.go and launch.master is not None and phase == "prepared" and not self._went:
                 self._went = True
                 address, port = launch.master
                 store = shim.status.store if launch.node_rank == 0 else True
@@ -378,6 +380,7 @@ class Attempt:
                 )
                 for state in self._states
             ),
+            losses=tuple(self.progress.losses),
             phases=phases(self.shim.beacons.values()) if self.shim is not None else (),
         )
 

@@ -198,6 +198,7 @@ def job_document(launch: Launch, run: LlamaRun) -> dict[str, Any]:
         "restore": restore,
         "memory": launch.memory.layout if launch.memory else None,
         "lineage": [list(branch) for branch in launch.lineage],
+        "skip_steps": list(launch.skip_steps),
     }
 
 

@@ -1,12 +1,14 @@
 """What the beacons of one attempt say, looked at again and again."""
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from keepstep.core.beacon import BeaconReader, Point, Record
 
+_LOSSES = 39  # of the last steps, for the judge
 _STARTING_S = 600.0  # a script that has not stepped by then is looked at as seldom as one that has
 
 
@@ -23,6 +25,7 @@ class Progress:
 
     records: dict[int, Record] = field(default_factory=dict)  # by global rank
     started_s: float | None = None  # when the ranks were started, or found by this agent
+    losses: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_LOSSES))
     _steps_ns: dict[int, int] = field(default_factory=dict)  # when each rank had stepped, at the last look
     _point_step: int = -1
     _source: int | None = None
@@ -65,6 +68,7 @@ class Progress:
         points = beacons[source].points(self._point_step)
         if points:
             self._point_step = points[-1].step
+            self.losses.extend((point.step, point.loss) for point in points if math.isfinite(point.loss))
         return tuple(
             [p.step, (now_ns - p.at_ns) / 1e9, p.loss, p.grad_norm, p.tokens_per_s, p.tflops, p.mfu]
             for p in points

@@ -11,17 +11,28 @@ than their phase ever took, and that it goes on after all.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from keepstep.agent import kernel
 from keepstep.agent.rank.protocol import RankState
 from keepstep.core.beacon import BeaconReader, Phase, Record
-from keepstep.core.durations import COMPUTING_FLOOR_S, HELD_S, Usual, added, bound_s
+from keepstep.core.durations import COMPUTING, COMPUTING_FLOOR_S, HELD_S, Usual, added, bound_s
 from keepstep.wire.messages import PhaseSeen
 
 LATE_S = 1.0  # a look after longer than this is late
 _COUNTED_MAX_S = 0.5  # the most that one look can prove
 _TOLD_AGAIN_S = 3.0  # a suspicious node is reported with every look for so long
 _GRAVE = frozenset({"stopped", "traced", "zombie", "gone"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Where one rank's time went, in all."""
+
+    passed_s: float
+    own_s: float
+    data_s: float
+    starved_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +43,7 @@ class Pulse:
     still_s: float = 0.0
     process: str = ""
     process_s: float = 0.0
+    spent: Spent | None = None
 
 
 @dataclass(slots=True)
@@ -54,6 +66,8 @@ class Pulses:
             counter = records[state.rank].sequence if state.rank in records else 0
             was = before.get(state.rank, Pulse())
             now = self.ranks[state.rank] = _felt(was, state.pid or 0, counter, elapsed_s)
+            if state.rank in beacons:
+                now = self.ranks[state.rank] = replace(now, spent=spent(state.pid or 0, beacons[state.rank]))
             changed = now.process != was.process or was.process_s < HELD_S <= now.process_s
             urgent = urgent or (changed and bool(_GRAVE & {now.process, was.process}))
         still_s = min((pulse.still_s for pulse in self.ranks.values()), default=0.0)
@@ -75,6 +89,23 @@ class Pulses:
                 bounds.append(bound_s(phase, Usual.of(seen)))
         first = min((each for each in bounds if each is not None), default=None)
         return -1.0 if first is None else still_s - first
+
+
+def spent(pid: int, beacon: BeaconReader) -> Spent:
+    passed = own = data = 0
+    for phase, seen in beacon.phases().items():
+        passed += seen.total_ns
+        own += seen.total_ns - seen.waited_ns if phase in COMPUTING else 0
+        data += seen.total_ns - seen.waited_ns if phase is Phase.DATA else 0
+    return Spent(passed_s=passed / 1e9, own_s=own / 1e9, data_s=data / 1e9, starved_s=_starved_s(pid))
+
+
+def _starved_s(pid: int) -> float:
+    """For how long its main thread was ready to run and did not: the second figure of schedstat."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0  # gone, or a kernel without it
 
 
 def phases(beacons: Iterable[BeaconReader]) -> tuple[PhaseSeen, ...]:

@@ -41,6 +41,7 @@ def rank_status(
 ) -> RankStatus:
     record = record or Record()
     pulse = pulse if state.state == "running" else None
+    spent = pulse.spent if pulse else None
     moved = pulse is not None and pulse.counter != record.sequence  # since the last look
     evidence = evidence or Evidence()
     return RankStatus(
@@ -72,6 +73,12 @@ def rank_status(
         launched=record.launched,
         completed=record.completed,
         batches=record.batches,
+        passed_s=None if spent is None else spent.passed_s,
+        own_s=spent.own_s if spent else 0.0,
+        data_s=spent.data_s if spent else 0.0,
+        starved_s=spent.starved_s if spent else 0.0,
+        trouble=record.trouble.name.lower() if record.trouble else "",
+        trouble_step=record.trouble_step if record.trouble else -1,
         error=evidence.error,
         last_lines=evidence.last_lines,
     )

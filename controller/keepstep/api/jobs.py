@@ -8,8 +8,11 @@ from fastapi import APIRouter, Body, Query
 from keepstep.api.auth import Control, Submitter, Viewer
 from keepstep.api.describe import attempt_of, describe_job, preview, ranks_of
 from keepstep.control import requests
+from keepstep.control.examination import closely
 from keepstep.control.ledgers import job_ledger
+from keepstep.core.errors import NotFound
 from keepstep.core.ids import Node
+from keepstep.decide.stacks import told
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -60,6 +63,27 @@ async def job(control: Control, who: Viewer, ref: str) -> dict[str, Any]:
 async def ranks(control: Control, who: Viewer, ref: str) -> dict[str, Any]:
     row = await control.on_store(control.store.job, ref)
     return {"job": row.id, "attempt": row.attempt, "ranks": await ranks_of(control, row)}
+
+
+@router.get("/{ref}/stacks")
+async def stacks(control: Control, who: Viewer, ref: str) -> dict[str, Any]:
+    """A close look at every rank, now: stacks, processes, what they wait for in the kernel."""
+    row = await control.on_store(control.store.job, ref)
+    entry = control.book.entries.get(row.id)
+    present = entry.present if entry else None
+    if present is None:
+        raise NotFound(f"job {row.id} runs nowhere", why=row.reason, next=f"keepstep describe {row.id}")
+    found = await closely(
+        control.fleet, row.id, present.number, present.nodes,
+        term=control.store.term, within_s=control.policy.examine_within_s,
+    )  # fmt: skip
+    return {
+        "job": row.id,
+        "attempt": present.number,
+        "ranks": [asdict(finding) for finding in found.findings],
+        "lines": list(told(found.findings)),
+        "errors": list(found.errors),
+    }
 
 
 @router.get("/{ref}/attempts")

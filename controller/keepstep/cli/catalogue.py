@@ -37,6 +37,7 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
         "Understand",
         (
             Entry("explain", "explain", "One incident: what happened, what was decided and why."),
+            Entry("stacks", "stacks", "Where every rank stands at this moment, the odd ones first."),
             Entry("goodput", "goodput", "Where a job's slot-seconds went."),
         ),
     ),

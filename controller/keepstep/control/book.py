@@ -4,15 +4,17 @@ The controller is the only writer of its store, so a job is read again only afte
 it. Beside the rows stands what only a running controller knows: how far the gang has come, and since when.
 """
 
+import statistics
 from collections import deque
 from dataclasses import dataclass, field, replace
 
 from keepstep.control.observed import ObservedTime
+from keepstep.control.pace import Paces
 from keepstep.core.durations import Usual, added
 from keepstep.core.ids import Attempt, JobId, Node, Step
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
-from keepstep.decide.view import Asked, Ended, Examined, Failure, Inventory, Link
+from keepstep.decide.view import Asked, Ended, Examined, Failure, Inventory, Link, Measured
 from keepstep.spec import from_dict
 from keepstep.store import Store
 from keepstep.store.rows import AttemptRow, Incident, Job
@@ -38,7 +40,16 @@ class Progress:
     stall_s: float = 0.0  # training time lost to checkpoints, the most of any rank
     checkpoint_step: int = -1
     phases: dict[Node, tuple[PhaseSeen, ...]] = field(default_factory=dict)  # as each node last told
+    paces: Paces = field(default_factory=Paces)
+    losses: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=128))  # by step
     learnt_at: float = -1.0  # observed time at which they were last added up
+    snapshots: dict[int, int] = field(default_factory=dict)  # rank -> its newest step in memory
+
+    @property
+    def snapshot_step(self) -> int:
+        """The newest step that all ranks have in memory, as far as they have said."""
+        complete = len(self.snapshots) == len(self.by_rank)
+        return min(self.snapshots.values(), default=-1) if complete else -1
 
 
 @dataclass(slots=True)
@@ -55,7 +66,9 @@ class Entry:
     earlier: dict[str, Usual] = field(default_factory=dict)  # durations of phases in attempts that are over
     usual: dict[str, Usual] = field(default_factory=dict)  # and with the present one
     examined: deque[tuple[float, Examined]] = field(default_factory=lambda: deque(maxlen=2))
+    due: tuple[str, float] | None = None  # what is waited for, and until which observed time
     examining: bool = False
+    found: dict[str, float] = field(default_factory=dict)  # what was told of the attempt, and when
 
     @property
     def present(self) -> AttemptRow | None:
@@ -76,11 +89,17 @@ class Entry:
         )
 
     def lineage(self) -> tuple[Link, ...]:
+        good: dict[Attempt, Step] = {}
+        for incident in self.incidents:
+            until = incident.evidence.get("not_after")
+            if incident.attempt is not None and until is not None:
+                good[incident.attempt] = min(Step(until), good.get(incident.attempt, Step(until)))
         return tuple(
             Link(
                 attempt=row.number,
                 parent=Attempt(row.parent_attempt or 0),
                 parent_step=Step(row.parent_step or 0),
+                good_until=good.get(row.number),
             )
             for row in self.attempts
         )
@@ -96,6 +115,8 @@ class Entry:
                 node=incident.culprit.get("node"),
                 exit_code=incident.evidence.get("exit_code"),
                 error=incident.evidence.get("error", ""),
+                rank=incident.culprit.get("rank"),
+                not_after=incident.evidence.get("not_after"),
             )
             for incident in reversed(self.incidents)
         )
@@ -109,6 +130,17 @@ class Entry:
                     Usual(count=seen.count, origins=seen.ranks, longest_s=seen.longest_s, bins=seen.bins)
                 )
         self.usual = {phase: added(each) for phase, each in parts.items()}
+
+    def measured(self) -> Measured:
+        starts: dict[str, list[float]] = {}
+        for row in self.attempts:
+            if row.first_step_at is not None:
+                starts.setdefault(row.rung, []).append(max(0.0, row.first_step_at - row.placed_at))
+        return Measured(starts={rung: statistics.median(seconds) for rung, seconds in starts.items()})
+
+    def due_s(self, time: ObservedTime) -> float | None:
+        """When the wait that the job's reason speaks of is over."""
+        return None if self.due is None else max(0.0, self.due[1] - time.now)
 
     def closely(self, time: ObservedTime) -> tuple[Examined, ...]:
         return tuple(replace(one, age_s=time.age(at)) for at, one in self.examined)
@@ -169,6 +201,7 @@ class Book:
             entry.progress = Progress(attempt=number, moved_at=self._time.now)
             entry.inventory, entry.asked = None, {}
             entry.examined.clear()
+            entry.found.clear()
         state = attempts[-1].state if attempts else ""
         progress = entry.progress
         if progress.state != state:

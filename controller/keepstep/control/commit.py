@@ -25,7 +25,7 @@ from keepstep.core.states import (
 from keepstep.decide import plan as p
 from keepstep.decide.view import JobView
 from keepstep.store import Writer
-from keepstep.store.rows import NewEvent
+from keepstep.store.rows import Incident, NewEvent
 
 REQUEUE = "requeue"  # the reason of a suspension that ends by itself
 
@@ -109,6 +109,8 @@ def commit(writer: Writer, entry: Entry, view: JobView, change: p.JobChange) -> 
             _stepped(pen, change)
         case p.End():
             _end(pen, change)
+        case p.Find():
+            pen.tell("found", verdict=asdict(change.verdict))
         case p.Dead():
             _dead(pen, change)
         case p.Complete():
@@ -211,32 +213,8 @@ def _end(pen: _Pen, change: p.End) -> None:
     verdict = change.verdict
     incident = None
     if verdict is not None:
-        evidence = {
-            "what": verdict.what,
-            "blame": verdict.blame,
-            "signature": verdict.signature,
-            "step": pen.view.attempt.step if pen.view.attempt else -1,
-            "began_s": verdict.began_s,
-            "noticed": verdict.noticed,
-            "bound_s": verdict.bound_s,
-            "confidence": verdict.confidence,
-            "lines": verdict.evidence,
-            "exit_code": verdict.exit_code,
-            "error": verdict.error,
-        }
-        coordinates = ""
-        if verdict.rank is not None and pen.view.attempt is not None:
-            coordinates = str(pen.view.attempt.layout.coordinates(verdict.rank))
-        culprit = {"rank": verdict.rank, "node": verdict.node, "role": coordinates}
         incident = pen.incident(IncidentEvent.WORSEN)
-        row = pen.writer.add_incident(
-            job=pen.job,
-            attempt=change.attempt,
-            verdict=verdict.kind,
-            culprit=culprit,
-            evidence=evidence,
-            opened_at=pen.writer.now,
-        )
+        row = _incident(pen, change, verdict)
         if incident is not None:
             pen.writer.update_incident(incident, state=IncidentState.CLOSED, closed_at=pen.writer.now)
         incident = row.id
@@ -253,6 +231,40 @@ def _end(pen: _Pen, change: p.End) -> None:
         incident=incident,
         began_s=verdict.began_s if verdict else 0.0,
         verdict=verdict.kind if verdict else "",
+    )
+
+
+def _incident(pen: _Pen, change: p.End, verdict: p.Verdict) -> Incident:
+    evidence = {
+        "what": verdict.what,
+        "blame": verdict.blame,
+        "signature": verdict.signature,
+        "step": verdict.step
+        if verdict.step is not None
+        else pen.view.attempt.step
+        if pen.view.attempt
+        else -1,
+        "not_after": verdict.not_after,
+        "began_s": verdict.began_s,
+        "noticed": verdict.noticed,
+        "bound_s": verdict.bound_s,
+        "confidence": verdict.confidence,
+        "slowdown": verdict.slowdown,
+        "lines": verdict.evidence,
+        "exit_code": verdict.exit_code,
+        "error": verdict.error,
+    }
+    coordinates = ""
+    if verdict.rank is not None and pen.view.attempt is not None:
+        coordinates = str(pen.view.attempt.layout.coordinates(verdict.rank))
+    culprit = {"rank": verdict.rank, "node": verdict.node, "role": coordinates}
+    return pen.writer.add_incident(
+        job=pen.job,
+        attempt=change.attempt,
+        verdict=verdict.kind,
+        culprit=culprit,
+        evidence=evidence,
+        opened_at=pen.writer.now,
     )
 
 

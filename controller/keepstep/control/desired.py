@@ -13,6 +13,7 @@ from keepstep.core.states import AttemptState
 from keepstep.decide.buddies import buddies
 from keepstep.decide.death import fenced, orphan_lease_s
 from keepstep.decide.decide import FINISH_S
+from keepstep.decide.lying import skipped
 from keepstep.decide.plan import Policy
 from keepstep.spec import to_dict
 from keepstep.store.rows import AttemptRow
@@ -110,6 +111,7 @@ def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy, carri
         carriers=dict(carriers.addresses),
         buddy=buddies(row.nodes, layout).get(row.nodes[node_rank], ""),
         lineage=tuple((link.attempt, link.parent, link.parent_step) for link in entry.lineage()),
+        skip_steps=skipped(entry.failures(0.0)),
         self_fence_s=None if fenced(spec) else spec.recovery.self_fence_s,
         orphan_lease_s=orphan_lease_s(spec, policy),
         attached=entry.job.attached_node is not None,

@@ -1,13 +1,30 @@
 """A close look at all ranks of an attempt: every agent is asked at once, and who does not answer is named."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from keepstep.control.book import Entry
 from keepstep.control.fleet import Fleet
 from keepstep.core.errors import KeepstepError
 from keepstep.core.ids import Attempt, JobId, Node, Rank
+from keepstep.decide.plan import Examine
 from keepstep.decide.view import Examined, Finding, Recorded
+
+log = logging.getLogger(__name__)
+
+
+async def examine(fleet: Fleet, entry: Entry, look: Examine, *, term: int, told: Callable[[], None]) -> None:
+    """What a decision asked for; the next one finds it in its view."""
+    log.info("%s: %s", look.job, look.reason)
+    try:
+        found = await closely(fleet, look.job, look.attempt, look.nodes, term=term, within_s=look.within_s)
+        if entry.job.attempt == look.attempt:
+            entry.examined.append((fleet.time.now, found))
+    finally:
+        entry.examining = False
+        told()
 
 
 async def closely(

@@ -50,6 +50,10 @@ def follow(book: Book, fleet: Fleet, member: Member) -> bool:
         status = member.attempts[job, number].status
         if status.phases:
             _learn(entry, fleet, member, status.phases)
+        newest = entry.progress.losses[-1][0] if entry.progress.losses else -1
+        entry.progress.losses.extend((step, loss) for step, loss in status.losses if step > newest)
+        for rank in status.ranks:
+            entry.progress.paces.hear(rank)
         woken = _follow(entry, fleet, status.ranks) or woken
     return woken
 
@@ -73,6 +77,7 @@ def _follow(entry: Entry, fleet: Fleet, ranks: Iterable[wire.RankStatus]) -> boo
             progress.counted_at = fleet.time.now
         progress.by_rank[rank.rank] = (max(rank.step, before[0]), rank.counter)
         progress.stall_s = max(progress.stall_s, rank.stall_s)
+        progress.snapshots[rank.rank] = rank.snapshot_step
         progress.checkpoint_step = max(progress.checkpoint_step, rank.checkpoint_step)
     if moved:
         if progress.stepped:

@@ -16,7 +16,7 @@ from keepstep.control import intake
 from keepstep.control.book import Book, Entry
 from keepstep.control.commit import commit, mark
 from keepstep.control.desired import Carriers, checkpoint_folder, desired, keeps_snapshots
-from keepstep.control.examination import closely
+from keepstep.control.examination import examine
 from keepstep.control.fleet import Fleet, Member, Session
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
@@ -176,10 +176,7 @@ class Controller:
         jobs = {job.id: job for job in view.jobs}
         questions = (p.Collect, p.Examine)
         writes = [c for c in plan.changes if not isinstance(c, questions) and self._is_news(c)]
-        for look in (c for c in plan.changes if isinstance(c, p.Examine)):
-            self._examine(look)
-        for question in (c for c in plan.changes if isinstance(c, p.Collect)):
-            self._ask(question)
+        self._ask_and_note(plan)
 
         def transaction() -> None:
             with self.store.transaction() as writer:
@@ -202,9 +199,24 @@ class Controller:
             if member.state is before:  # else it registered while this was written
                 member.state, member.ready_at = after, self.time.now
         for change in writes:
+            if isinstance(change, p.Find):
+                self.book.entries[change.job].found[change.verdict.signature] = self.time.now
             log.info("%s: %s: %s", change.job, type(change).__name__, change.reason)
         self.tell()
         return any(not isinstance(change, p.Wait) for change in writes)
+
+    def _ask_and_note(self, plan: p.Plan) -> None:
+        """What needs no writing down: questions, and until when a reason holds."""
+        for change in plan.changes:
+            entry = self.book.entries[change.job]
+            match change:
+                case p.Collect():
+                    self._ask(change)
+                case p.Examine() if not entry.examining:
+                    entry.examining = True
+                    self.begin(examine(self.fleet, entry, change, term=self.store.term, told=self.wake))
+                case p.Wait():
+                    entry.due = change.reason, self.time.now + change.due_s
 
     def _is_news(self, change: p.JobChange) -> bool:
         return not isinstance(change, p.Wait) or change.reason != self.book.entries[change.job].job.reason
@@ -315,24 +327,6 @@ class Controller:
         self.begin(self._inventory(entry, question)).add_done_callback(
             lambda _: self._asking.discard(question.job)
         )
-
-    def _examine(self, look: p.Examine) -> None:
-        entry = self.book.entries[look.job]
-        if not entry.examining:
-            log.info("%s: %s", look.job, look.reason)
-            entry.examining = True
-            self.begin(self._examined(entry, look))
-
-    async def _examined(self, entry: Entry, look: p.Examine) -> None:
-        try:
-            found = await closely(
-                self.fleet, look.job, look.attempt, look.nodes, term=self.store.term, within_s=look.within_s
-            )
-            if entry.job.attempt == look.attempt:
-                entry.examined.append((self.time.now, found))
-        finally:
-            entry.examining = False
-            self.wake()
 
     def begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Something that goes on beside the cycle, and ends with it at the latest."""

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from keepstep.control.book import Book, Entry, layout_of
 from keepstep.control.fleet import Fleet, Heard, Member
+from keepstep.control.pace import Paces
 from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.states import AttemptState, JobState, NodeState
 from keepstep.decide.view import (
@@ -52,16 +53,19 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         asked=entry.asking(fleet.time),
         attached=job.attached_node,
         incident=incident.id if incident else None,
-        kept=() if row is not None else _kept(job.id, fleet),
+        kept=() if row is not None else kept(job.id, fleet),
         checkpoint_step=entry.progress.checkpoint_step,
         ended=entry.ended(),
         usual=entry.usual,
         examined=entry.closely(fleet.time),
         examining=entry.examining,
+        measured=entry.measured(),
+        found={what: fleet.time.age(at) for what, at in entry.found.items()},
+        losses=tuple(loss for _, loss in entry.progress.losses),
     )
 
 
-def _kept(job: JobId, fleet: Fleet) -> tuple[Kept, ...]:
+def kept(job: JobId, fleet: Fleet) -> tuple[Kept, ...]:
     """What nodes that answer hold of a job in memory."""
     return tuple(
         Kept(
@@ -82,7 +86,7 @@ def _attempt(entry: Entry, row: AttemptRow, fleet: Fleet) -> AttemptView:
         number=row.number,
         state=AttemptState(row.state),
         layout=layout_of(row),
-        parts=tuple(_part(node, row, fleet) for node in row.nodes),
+        parts=tuple(_part(node, row, fleet, progress.paces) for node in row.nodes),
         spares=tuple(row.spares),
         age_s=fleet.time.age(progress.state_since),
         step=progress.step,
@@ -93,11 +97,12 @@ def _attempt(entry: Entry, row: AttemptRow, fleet: Fleet) -> AttemptView:
         progress_age_s=None if progress.counted_at is None else fleet.time.age(progress.counted_at),
         step_every_s=max(progress.step_every, default=0.0),
         checkpoint_step=progress.checkpoint_step,
+        snapshot_step=progress.snapshot_step,
         master=(row.master["address"], row.master["port"]) if row.master else None,
     )
 
 
-def _part(node: Node, row: AttemptRow, fleet: Fleet) -> PartView:
+def _part(node: Node, row: AttemptRow, fleet: Fleet, paces: Paces) -> PartView:
     member = fleet.members.get(node)
     heard = member.attempts.get((row.job, row.number)) if member else None
     if member is None or heard is None:
@@ -110,11 +115,11 @@ def _part(node: Node, row: AttemptRow, fleet: Fleet) -> PartView:
         reason=status.reason,
         alive=status.alive,
         master=status.master,
-        ranks=tuple(_rank(rank, heard, fleet) for rank in status.ranks),
+        ranks=tuple(_rank(rank, heard, fleet, paces) for rank in status.ranks),
     )
 
 
-def _rank(status: wire.RankStatus, heard: Heard, fleet: Fleet) -> RankView:
+def _rank(status: wire.RankStatus, heard: Heard, fleet: Fleet, paces: Paces) -> RankView:
     since = fleet.time.age(heard.at)
     return RankView(
         rank=Rank(status.rank),
@@ -141,6 +146,9 @@ def _rank(status: wire.RankStatus, heard: Heard, fleet: Fleet) -> RankView:
         completed=status.completed,
         batches=status.batches,
         wait_s=status.wait_s,
+        pace=paces.of(status.rank),
+        trouble=status.trouble,
+        trouble_step=status.trouble_step,
     )
 
 

@@ -2,16 +2,17 @@
 
 The bound is made of what was seen, the completions of all ranks added up in the bins of `core.beacon`:
 
-    bound = floor + 4 x usual longest
+    bound = floor + 8 x usual longest x (1 + 50 / completions of each rank)
 
 The usual longest is a quantile so high that only oddities lie above it: two completions of each rank and
 attempt (the first step loads, compiles and allocates; so may one more) and one in ten thousand of the rest.
-What happens a third time is usual. Four times, because a phase that drifts, or a machine that is shared, is
-late by a factor; what is late by more shows within a few steps in the quantile itself.
+What happens a third time is usual. Eight times, because batches differ in length, phases drift and machines
+are shared, all by factors; and more than that while only a few completions are known.
 
 The floor is for what no history can show: a rank that the kernel does not run for a moment. Computing, 1.5 s
 is longer than a busy machine withholds its processors; phases that speak to storage, to a network or to
-other programs stall for longer without being hung, so theirs is a minute.
+other programs stall for longer without being hung, so theirs is a minute, and so is that of a collective
+which everybody has begun: links flap and come back.
 """
 
 from collections.abc import Iterable
@@ -19,12 +20,12 @@ from dataclasses import dataclass
 
 from keepstep.core.beacon import BINS, Phase, Seen, bin_edge_s
 
-COMPUTING_FLOOR_S, OUTSIDE_FLOOR_S, FACTOR = 1.5, 60.0, 4.0
+COMPUTING_FLOOR_S, OUTSIDE_FLOOR_S, FACTOR = 1.5, 60.0, 8.0
 COMPUTING = frozenset({Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER})
 UNKNOWN = frozenset({Phase.NONE, Phase.UNKNOWN})  # what a rank does there is anybody's guess
 HELD_S = 0.2  # a process state is a fact when two looks saw it, at least so far apart
 SEEN_MIN = 5  # completions by each rank before a phase counts as known
-_ODDITIES, _RARE = 2, 10_000
+_ODDITIES, _RARE, _FEW = 2, 10_000, 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +71,12 @@ def added(parts: Iterable[Usual]) -> Usual:
     return Usual(count=count, origins=origins, longest_s=longest_s, bins=tuple(bins))
 
 
-def bound_s(phase: Phase, usual: Usual) -> float | None:
-    """When a rank without any progress in this phase is suspicious; None: nothing can be said of it."""
+def bound_s(phase: Phase, usual: Usual, *, outside: bool = False) -> float | None:
+    """When a rank without any progress in this phase is suspicious; None: nothing can be said of it.
+
+    `outside`: what it waits for is no rank.
+    """
     if phase in UNKNOWN or not usual.known:
         return None
-    floor_s = COMPUTING_FLOOR_S if phase in COMPUTING else OUTSIDE_FLOOR_S
-    return floor_s + FACTOR * usual.high_s
+    floor_s = COMPUTING_FLOOR_S if phase in COMPUTING and not outside else OUTSIDE_FLOOR_S
+    return floor_s + FACTOR * usual.high_s * (1.0 + _FEW * usual.origins / usual.count)

@@ -1,6 +1,7 @@
 """Whether a job that failed may start again, and how long it waits first.
 
-    crash loop   the same failure of the job at the same step, `same_failure_max` times without a new step
+    crash loop   the same failure of the job at the same step, `same_failure_max` times without a new step;
+                 after the second on one node another one is tried, which tells whether it is the node
     restarts     failures blamed on the job, within its own window; the infrastructure's do not count
     breaker      `no_progress_max` attempts in a row without a new step, whoever is to blame
     back-off     the first restart is immediate; from the second failure without a new step on, exponential.
@@ -10,6 +11,7 @@
 Progress is a step that no attempt completed before. A script that shows no steps makes progress by living.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keepstep.core.ids import Node
@@ -81,7 +83,7 @@ def _exhausted(job: JobView, failures: list[Failure], in_vain: list[Failure], po
         if newest.signature and len(same) >= policy.same_failure_max:
             where = f"at step {newest.step}" if newest.step >= 0 else "before its first step"
             times = f"{count(len(same), 'time')} {where} without progress"
-            return f"It fails the same way each time: {newest.signature}, {times}."
+            return f"It fails the same way each time: {newest.signature}, {times}{_whose(same)}."
         charged = [one for one in failures if one.blame == "job" and one.age_s <= restarts.per_s]
         if len(charged) > restarts.max:
             return (
@@ -100,6 +102,32 @@ def worn_out(job: JobView, policy: Policy) -> frozenset[Node]:
     failures = sorted(job.failures, key=lambda failure: -failure.age_s)
     nodes = [failure.node for failure in fruitless(failures, policy) if failure.node is not None]
     return frozenset(node for node in nodes if nodes.count(node) >= policy.in_place_max)
+
+
+def tried_elsewhere(job: JobView, policy: Policy) -> frozenset[Node]:
+    """A node on which the same failure began twice in a row: the next attempt does without it, if it can.
+
+    A swap is an experiment: what fails elsewhere, too, is not the node's fault.
+    """
+    failures = sorted(job.failures, key=lambda failure: -failure.age_s)
+    last = fruitless(failures, policy)[-1:] and failures[-2:]
+    if len(last) < 2 or last[0].node is None or not last[0].signature:
+        return frozenset()
+    same = (last[0].node, last[0].signature) == (last[1].node, last[1].signature)
+    return frozenset({last[0].node}) if same else frozenset()
+
+
+def _whose(same: Sequence[Failure | None]) -> str:
+    """What the same failures have in common, and what the nodes that were tried say of it."""
+    known = [one for one in same if one is not None and one.node is not None]
+    nodes = list(dict.fromkeys(one.node for one in known))
+    ranks = {one.rank for one in known}
+    if len(known) < 2:
+        return ""
+    who = f"rank {ranks.pop()} each time" if len(ranks) == 1 and None not in ranks else "not always one rank"
+    if len(nodes) > 1:
+        return f" ({who}, on {', '.join(str(node) for node in nodes)} alike: it is not the node)"
+    return f" ({who}, always on {nodes[0]}; no other node was tried, so it may be the node: 50 % sure)"
 
 
 def duration(seconds: float) -> str:

@@ -15,12 +15,14 @@ from keepstep.decide.budget import worn_out
 from keepstep.decide.death import death, fenced, orphan_lease_s
 from keepstep.decide.hung import STANDS, Suspicion
 from keepstep.decide.judge import judge
+from keepstep.decide.lying import jump
 from keepstep.decide.place import could_ever, layouts, listed, missing, place, stand_by, survey
 from keepstep.decide.plan import (
     Complete,
     Dead,
     End,
     Examine,
+    Find,
     GiveUp,
     Go,
     JobChange,
@@ -36,8 +38,10 @@ from keepstep.decide.plan import (
     Wait,
 )
 from keepstep.decide.recover import begin, grow, recover
+from keepstep.decide.slow import slow, worth_a_swap
 from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, RankPhase, View, Wanted
 
+FOUND_MAX = 8  # of an attempt: more is noise
 FINISH_S = 10.0  # for a script that is just writing a file whose late end would be torn
 
 
@@ -185,11 +189,30 @@ class _Deciding:
             case AttemptState.STARTING if attempt.stepped:
                 reason = f"attempt {attempt.number} completed step {attempt.step}"
                 return Stepped(job=job.id, attempt=attempt.number, step=Step(attempt.step), reason=reason)
+            case AttemptState.RUNNING if (found := self._found(job, attempt)) is not None:
+                return found
             case _ if job.reason.startswith(STANDS):
                 reason = f"attempt {attempt.number} goes on: its ranks move again"
                 return Wait(job=job.id, reason=reason, due_s=self.policy.say_still_s)
             case _:
                 return self._unanswered(job, attempt)
+
+    def _found(self, job: JobView, attempt: AttemptView) -> End | Find | None:
+        """What is no failure: a gang that is held up, a loss that jumps. Told once.
+
+        A node that has held the gang up for long is swapped if that pays.
+        """
+        verdict = slow(job, attempt) or jump(job)
+        if verdict is None:
+            return None
+        since_s = job.found.get(verdict.signature)
+        long = since_s is not None and since_s >= self.policy.slow_after_s
+        if long and worth_a_swap(job, attempt, verdict, self.policy):
+            reason = f"{verdict.what}; a spare takes its place"
+            return End(job=job.id, attempt=attempt.number, verdict=verdict, reason=reason)
+        if since_s is not None or len(job.found) >= FOUND_MAX:
+            return None
+        return Find(job=job.id, attempt=attempt.number, verdict=verdict, reason=verdict.what)
 
     def _preparing(self, job: JobView, attempt: AttemptView) -> Go | Wait:
         bound_s = min(job.spec.recovery.start_within_s, self.policy.prepare_within_s)

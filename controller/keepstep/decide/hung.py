@@ -34,6 +34,7 @@ STANDS = "stands still: "  # how reasons begin that are over when something move
 COMPILES = re.compile(
     r"torch/_(dynamo|inductor|functorch)/|torch/fx/|torch/export/|triton/(compiler|runtime)/"
 )
+_REAPED_S = 2.0  # a process that has ended: its shim has so long to say how
 _ODD = {
     "stopped": "is stopped, and no debugger holds it",
     "zombie": "is a zombie",
@@ -89,7 +90,8 @@ def _not_running(attempt: AttemptView, parts: Iterable[PartView]) -> Verdict | N
     for part in parts:
         for one in part.ranks:
             held_s = min(one.process_s, attempt.step_age_s)
-            if one.phase is not RankPhase.RUNNING or one.process not in _ODD or held_s < HELD_S:
+            enough_s = HELD_S if one.process == "stopped" else _REAPED_S
+            if one.phase is not RankPhase.RUNNING or one.process not in _ODD or held_s < enough_s:
                 continue
             return Verdict(
                 kind="hung",
@@ -170,7 +172,7 @@ def _learnt(still: _Standstill, found: Blame) -> tuple[float | None, str]:
     longest, why = 0.0, ""
     for rank in found.ranks:
         doing, usual = _phase_of(still, by_rank.get(rank))
-        each = durations.bound_s(doing, usual)
+        each = durations.bound_s(doing, usual, outside=not found.named)
         if each is None:
             return None, ""
         if each > longest:

@@ -18,6 +18,7 @@ from keepstep.core.ids import Node
 from keepstep.core.states import AttemptState, NodeState
 from keepstep.decide.death import orphan_lease_s
 from keepstep.decide.hung import Suspicion, hung
+from keepstep.decide.lying import lying
 from keepstep.decide.place import count, listed
 from keepstep.decide.plan import Pending, Policy, Verdict
 from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, PartView, RankPhase, RankView
@@ -64,6 +65,7 @@ def judge(
         or _vanished(attempt)
         or (_silent(job, attempt, nodes, policy) if returned else None)
         or _stalled(job, attempt, policy)
+        or lying(job, attempt)
         or hung(job, attempt, policy)
         or _exited_early(job, attempt)
     )
@@ -95,7 +97,7 @@ def _crashed(attempt: AttemptView, nodes: Nodes, policy: Policy) -> Verdict | Pe
         return None
     cause = _cause(exits, policy.settle_s)
     if cause.like_a_victim:
-        elsewhere = _left_before(attempt, cause) or _of_a_peer(attempt, cause, exits, nodes, policy)
+        elsewhere = _left_before(attempt, cause, policy) or _of_a_peer(attempt, cause, exits, nodes, policy)
         if elsewhere is not None:
             return elsewhere
     rank, others = cause.rank, len(exits) - 1
@@ -158,12 +160,12 @@ def _of_a_peer(
     )
 
 
-def _left_before(attempt: AttemptView, cause: _Exit) -> Verdict | None:
+def _left_before(attempt: AttemptView, cause: _Exit, policy: Policy) -> Verdict | None:
     """A rank that exited 0 while others still needed it: they fell over its closed connections."""
     for part in attempt.parts:
         for rank in part.ranks:
             left = rank.phase is RankPhase.EXITED and rank.exit_code == 0
-            if not left or (rank.exited_age_s or 0.0) < cause.age_s:
+            if not left or (rank.exited_age_s or 0.0) + policy.settle_s < cause.age_s:
                 continue
             return Verdict(
                 kind="exited early",

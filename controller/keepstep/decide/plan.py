@@ -16,6 +16,7 @@ from keepstep.decide.view import Link, Stored
 class Rejected:
     option: str
     why: str
+    lost_slot_s: float | None = None  # what it would have cost, where that is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +33,12 @@ class Verdict:
     evidence: tuple[str, ...] = ()
     exit_code: int | None = None  # the culprit's; 128 + n for signal n
     error: str = ""  # the culprit's first error line
+    slowdown: float | None = None  # share of the job's speed that it costs
     noticed: str = ""  # what crossed which bound; "" where its age says enough
     bound_s: float | None = None
     confidence: float = 1.0  # that it is this culprit
+    step: int | None = None  # at which it happened, where that is not the gang's present one
+    not_after: int | None = None  # states of this attempt past this step are not to be trusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +165,14 @@ class Examine(Change):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Find(Change):
+    """Something that people should know and nothing is done about: told once in an attempt."""
+
+    attempt: Attempt
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
     """Something is wrong, or may be, but nothing can be done about it yet."""
 
@@ -189,6 +201,7 @@ JobChange = (
     | Wait
     | Collect
     | Examine
+    | Find
 )
 
 
@@ -225,6 +238,15 @@ class Policy:
         5.0  # a standstill in an unknown phase is looked at closely from here on at the earliest
     )
     say_still_s: float = 60.0  # and told of from here on
+    start_warm_s: float = 1.0  # until a job's own starts were measured
+    start_cold_s: float = 10.0
+    queue_s: float = 1.0  # until the queue serves a job that gave its nodes up
+    swap_s: float = 0.5  # a new node's share of the state has to be brought to it
+    nodes_back_s: float = 600.0  # how long a job is taken to do with fewer replicas
+    slow_after_s: float = 60.0  # a gang that was held up by the same node for so long may be helped
+    slow_horizon_s: float = 3600.0  # what a swap wins back is counted for so long
+    swap_gain_min: float = 10.0  # and must be so many times what it costs
+    swap_confidence_min: float = 0.8
     settle_s: float = 1.0  # how long a death that looks like a peer's fault waits for word of that peer
     step_bound_factor: float = 3.0  # a gang has stopped when it is this many usual steps late
     in_place_max: int = 3  # fruitless failures that began on one node, before others are tried first

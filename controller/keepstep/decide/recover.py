@@ -5,10 +5,10 @@
     fewer replicas  not below elastic.min_dp, and only numbers that divide the batch
     requeue         give the nodes up; wait for others, or for the back-off
 
-A cell is the whole gang today, so "cell in place" restarts the gang. Whatever rung is taken names the others
-and why it was not them. Growing is the same ladder looked at from below: when enough nodes have been ready
-for a while, the running attempt is ended at a moment that costs little, and the ladder finds the larger
-layout.
+A cell is the whole gang today, so "cell in place" restarts the gang. The cheapest rung that holds is taken
+(`price`); it names the others, and what they would have cost or why they were none. Growing is the same
+ladder looked at from below: when enough nodes have been ready for a while, the running attempt is ended at a
+moment that costs little, and the ladder finds the larger layout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from keepstep.core.ids import Attempt, JobId, Node
 from keepstep.core.layout import Layout
 from keepstep.core.states import NodeState
-from keepstep.decide.budget import budget
+from keepstep.decide import price
+from keepstep.decide.budget import budget, tried_elsewhere
+from keepstep.decide.lying import suspects
 from keepstep.decide.place import (
     Holders,
     Placement,
@@ -213,6 +215,8 @@ def _moment(job: JobView, attempt: AttemptView, waited_s: float, policy: Policy)
     """A moment at which little would be done again, or None while such a one may still come."""
     if not keeps_checkpoints(job):
         return "its script restores itself"
+    if 0 <= attempt.step <= attempt.snapshot_step + 1:
+        return f"step {attempt.snapshot_step} is in memory"
     behind = attempt.step - attempt.checkpoint_step
     seconds = behind * attempt.step_every_s
     cheap = behind <= 1 or 0 < seconds <= policy.silent_after_s
@@ -247,21 +251,37 @@ def _coming_back(ended: Ended, view: View, policy: Policy) -> list[Node]:
 def _rung(
     job: JobView, ended: Ended, view: View, held: Holders, policy: Policy
 ) -> _Rung | tuple[Rejected, ...]:
-    """The highest rung that holds; or why none does."""
-    there = survey(job, view.nodes, held, (*ended.nodes, *ended.spares))
-    rejected: list[Rejected] = []
+    """The cheapest rung of those that hold; or why none does."""
+    there = survey(job, view.nodes, held, (*ended.nodes, *ended.spares), _others_first(job, policy))
+    impossible: list[Rejected] = []
+    fitting: list[tuple[str, Placement]] = []
     for layout in layouts(job.spec):
         larger = layout.dp > ended.layout.dp
         usable = _steady(job, there, ended.nodes, policy) if larger else there
         placement = place(job, usable, layout)
         if placement is None:
-            rejected.extend(_not_taken(job, ended, layout, view, usable, held))
+            impossible.extend(_not_taken(job, ended, layout, view, usable, held))
             continue
         placement = _same_ranks(job, placement, ended, usable)
         name = _name(placement, ended)
-        rejected += [] if name in ("in place", "fewer replicas") else _not_in_place(ended, usable, layout)
-        return _Rung(name=name, placement=placement, rejected=(*rejected, *_below(job, name, layout)))
-    return (*rejected, Rejected(option="fewer replicas", why=f"elastic.min_dp is {job.spec.elastic.min_dp}"))
+        if name in ("spare", "grow") and not fitting:
+            impossible += _not_in_place(ended, usable, layout)
+        fitting.append((name, placement))
+    smallest = Rejected(option="fewer replicas", why=f"elastic.min_dp is {job.spec.elastic.min_dp}")
+    if not any(name == "fewer replicas" for name, _ in fitting):
+        impossible.append(smallest)
+    if not fitting:
+        return tuple(impossible)
+    priced = price.options(job, ended, fitting, there.free, policy)
+    taken = next(option for option in priced if option.placement is not None)
+    assert taken.placement is not None
+    others = price.rejected(taken, priced, job.spec.parallelism.world_size)
+    return _Rung(name=taken.name, placement=taken.placement, rejected=(*impossible, *others))
+
+
+def _others_first(job: JobView, policy: Policy) -> frozenset[Node]:
+    """Nodes that are only taken when there are no others."""
+    return suspects(job.failures) | tried_elsewhere(job, policy)
 
 
 def _name(placement: Placement, ended: Ended) -> str:
@@ -306,18 +326,3 @@ def _not_in_place(ended: Ended, there: Survey, layout: Layout) -> list[Rejected]
     ]
     whys += [f"{name} is not in the fleet" for name in unknown]
     return [Rejected(option="in place", why=listed(whys) or "another node is preferred")]
-
-
-def _below(job: JobView, name: str, layout: Layout) -> list[Rejected]:
-    """The rungs under the one that was taken."""
-    below = []
-    if name == "in place":
-        below.append(Rejected(option="spare", why="a node is replaced only when it cannot be used"))
-    smaller = [one for one in layouts(job.spec) if one.dp < layout.dp]
-    if smaller:
-        why = f"{smaller[0].dp} of {count(layout.dp, 'replica')} would train slower"
-        below.append(Rejected(option="fewer replicas", why=why))
-    elif name != "fewer replicas":
-        below.append(Rejected(option="fewer replicas", why=f"elastic.min_dp is {job.spec.elastic.min_dp}"))
-    below.append(Rejected(option="requeue", why="it would give up nodes that are ready"))
-    return below

@@ -2,8 +2,9 @@
 
 Every attempt began from its parent's state after some step, so the attempts of a job form a tree, and the
 present one is the end of a chain. A checkpoint (attempt, step) may be restored only if it lies on that chain:
-its attempt is the last one or an ancestor, and its step is not past the point where the chain left that
-ancestor. What an old attempt wrote later lies on a branch that was left, whatever its step or file time says.
+its attempt is the last one or an ancestor, and its step is neither past the point where the chain left that
+ancestor nor past the last one that is known to be good. What an old attempt wrote later lies on a branch that
+was left, whatever its step or file time says.
 
 A state is whole in memory when every rank of the layout that it was taken in is held by some node that
 answers, its own or as a buddy's copy. A stamp that a restore renewed counts as what it was before, so a
@@ -41,6 +42,8 @@ def chain(lineage: Sequence[Link]) -> Mapping[Attempt, Step | None]:
     link = lineage[-1] if lineage else None
     limit: Step | None = None
     while link is not None:
+        if link.good_until is not None:
+            limit = link.good_until if limit is None else min(limit, link.good_until)
         limits[link.attempt] = limit
         if link.parent >= link.attempt or link.parent == NOTHING:
             break  # a lineage that does not go back in time is not followed
@@ -71,6 +74,16 @@ def restore_point(lineage: Sequence[Link], stored: Iterable[Stored]) -> RestoreP
     return RestorePoint(at=None, reason="; ".join([nothing, *left_out[:3]]))
 
 
+def protected_step(lineage: Sequence[Link], kept: Sequence[Kept], shape: Layout) -> int:
+    """The newest step that is whole in memory whichever one node is lost; -1: none is.
+
+    Counted from what nodes say that they hold, so a loss shows until what was lost is copied again.
+    """
+    nodes = {one.node for one in kept}
+    points = [memory_point(lineage, [one for one in kept if one.node != lost], shape).at for lost in nodes]
+    return min((int(at.step) if at is not None else -1 for at in points), default=-1)
+
+
 def memory_point(lineage: Sequence[Link], kept: Iterable[Kept], shape: Layout) -> RestorePoint:
     """The newest state on the chain that is whole in memory; says what newer ones lack.
 
@@ -82,9 +95,13 @@ def memory_point(lineage: Sequence[Link], kept: Iterable[Kept], shape: Layout) -
         link.attempt: None if link.parent == NOTHING else Stamp(link.parent, link.parent_step)
         for link in lineage
     }
+    limits = chain(lineage)
     found: dict[tuple[Stamp, int], dict[Rank, list[Kept]]] = {}
     for one in kept:
         at = Stamp(one.attempt, one.step)
+        limit = limits.get(one.attempt)
+        if limit is not None and one.step > limit:
+            continue  # past what is known to be good
         if snapshots.on_chain(at, lineage[-1].attempt, parents):
             state = snapshots.origin(at, parents), one.world
             found.setdefault(state, {}).setdefault(one.rank, []).append(one)

@@ -66,6 +66,17 @@ class NodeView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Seconds a step of one rank over the last while."""
+
+    step_s: float
+    own_s: float  # computing, waiting for others left out
+    data_s: float
+    waited_s: float  # for other ranks
+    starved_s: float  # ready to run, and no processor for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankView:
     rank: Rank
     phase: RankPhase = RankPhase.UNKNOWN
@@ -91,6 +102,9 @@ class RankView:
     completed: int = 0
     batches: int = 0
     wait_s: float = 0.0  # in all
+    trouble: str = ""  # numbers of it that cannot be true: core.beacon.Trouble
+    trouble_step: int = -1
+    pace: Pace | None = None  # None: too few steps yet
 
     @property
     def failed(self) -> bool:
@@ -151,6 +165,7 @@ class Link:
     attempt: Attempt
     parent: Attempt = NOTHING
     parent_step: Step = BEGINNING
+    good_until: Step | None = None  # its later states are wrong; None: nothing is known against it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +185,7 @@ class AttemptView:
     progress_age_s: float | None = None  # since any counter of a reachable rank moved; None: nobody counts
     step_every_s: float = 0.0  # how long a step usually takes (the longest of the last few); 0: not known yet
     checkpoint_step: int = -1  # the newest complete checkpoint it reported
+    snapshot_step: int = -1  # the newest state that all its ranks have in memory
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -188,6 +204,8 @@ class Failure:
     node: Node | None = None  # where it began, when that is known
     exit_code: int | None = None  # the culprit's, for the job's own
     error: str = ""  # its first error line
+    rank: Rank | None = None  # the culprit
+    not_after: int | None = None  # states of its attempt past this step are not to be trusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +259,13 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What this job's own attempts took, medians."""
+
+    starts: Mapping[str, float] = field(default_factory=dict)  # by rung: from the decision to the first step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobView:
     id: JobId
     spec: JobSpec
@@ -265,6 +290,9 @@ class JobView:
     usual: Mapping[str, Usual] = field(default_factory=dict)  # by phase: how long it took, over all attempts
     examined: tuple[Examined, ...] = ()  # of the present attempt, oldest first; the last two at most
     examining: bool = False  # a close look is under way
+    measured: Measured = Measured()
+    found: Mapping[str, float] = field(default_factory=dict)  # what was told of the attempt; seconds ago
+    losses: tuple[float, ...] = ()  # of the last steps, oldest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,8 +56,8 @@ def blame(ranks: Iterable[RankView], layout: Layout, findings: Iterable[Finding]
         if others:
             why = f"of {len(sinks)} ranks that others wait for it has the least progress"
         return Blame(ranks=(first.rank, *(one.rank for one in others)), named=True, why=why)
-    if edges and all(not targets for targets in edges.values()):
-        stuck = sorted((by_rank[rank] for rank in edges), key=_progress)
+    stuck = sorted((by_rank[rank] for rank, targets in edges.items() if not targets), key=_progress)
+    if stuck:
         where = _collective(stuck[0])
         why = f"every member has begun {where}, and it does not end: what carries it is stuck"
         return Blame(ranks=tuple(one.rank for one in stuck), named=False, why=why, carrier=True)

@@ -60,6 +60,12 @@ class RankStatus(Part, kw_only=True, frozen=True):
     launched: int = 0  # waits begun ...
     completed: int = 0  # ... and ended
     batches: int = 0  # from its data loader
+    passed_s: float | None = None  # in all phases that it completed; of these ...
+    own_s: float = 0.0  # ... computing, waiting for others left out
+    data_s: float = 0.0  # ... and for data
+    starved_s: float = 0.0  # its main thread was ready to run and had no processor, in all
+    trouble: str = ""  # core.beacon.Trouble: numbers of it that cannot be true
+    trouble_step: int = -1
     error: str = ""  # the error file's message, else the last line of the log; only after a failure
     last_lines: tuple[str, ...] = ()
 
@@ -91,6 +97,7 @@ class AttemptStatus(Part, kw_only=True, frozen=True):
     unfenced_s: float | None = None  # no controller and no step for this long
     ranks: tuple[RankStatus, ...] = ()
     phases: tuple[PhaseSeen, ...] = ()
+    losses: tuple[tuple[int, float], ...] = ()  # of the last steps, where this node knows them
 
 
 class StandbyStatus(Part, kw_only=True, frozen=True):
@@ -233,6 +240,7 @@ class Launch(Part, kw_only=True, frozen=True):
     carriers: dict[str, tuple[str, int]] = {}  # where those of the job listen, by node
     buddy: str = ""  # the node that keeps copies of this node's snapshots; "": none
     lineage: tuple[tuple[int, int, int], ...] = ()  # (attempt, parent attempt, parent step)
+    skip_steps: tuple[int, ...] = ()  # whose batch is left out
     self_fence_s: float | None = 30.0  # None: its writes are fenced, no need to end it when alone
     orphan_lease_s: float = 3600.0
     attached: bool = False

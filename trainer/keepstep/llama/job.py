@@ -49,6 +49,7 @@ class TrainJob:
     branches: tuple[Branch, ...]  # the lineage, this attempt included
     init_from: str | None
     timeout_s: float  # of every collective
+    skip_steps: frozenset[int] = frozenset()  # whose batch gave nothing finite: no update is made of it
 
     @property
     def sequences(self) -> int:
@@ -98,6 +99,7 @@ class TrainJob:
                 snapshot_every=(value.get("checkpoint") or {}).get("snapshot_every_steps"),
                 branches=tuple(_branches(value)), init_from=value.get("init_from"),
                 timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
+                skip_steps=frozenset(value.get("skip_steps") or ()),
             )  # fmt: skip
         except KeyError as error:
             raise InputError(f"the job has no {error}", where="job file") from error

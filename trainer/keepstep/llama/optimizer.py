@@ -65,6 +65,7 @@ class Update:
     grad_norm: float  # global, before clipping
     asks: tuple[bool, ...]  # each question: whether any rank asked it
     least: tuple[float, ...] = ()  # the MIN over all ranks of what each of them said
+    skipped: bool = False  # nothing finite came of its batch, as was known before
 
 
 class Gradients:

@@ -166,7 +166,9 @@ def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSign
         snapshots.take(state.step)
         rates = trainer.rates(time.perf_counter() - started)
         session.step_done(
-            state.step, loss=update.loss, grad_norm=update.grad_norm,
+            state.step,
+            loss=None if update.skipped else update.loss,
+            grad_norm=None if update.skipped else update.grad_norm,
             tokens_per_s=rates.tokens_per_s, tflops=rates.tflops, mfu=rates.mfu,
         )  # fmt: skip
         if trainer.reports:

@@ -1,12 +1,14 @@
 """One rank's trainer: its share of the model, and a step from data to updated weights."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from keepstep.core.beacon import Trouble
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.job import TrainJob
@@ -14,6 +16,7 @@ from keepstep.llama.microbatch import Rotation, Sequences, micro_batches, target
 from keepstep.llama.model import Stage
 from keepstep.llama.optimizer import ShardedAdamW, Update
 from keepstep.llama.parallel import Groups
+from keepstep.llama.parity import Parity
 from keepstep.llama.pipeline import InTurn, OneForwardOneBackward, Runner
 from keepstep.llama.tensor_parallel import TensorParallel
 from keepstep.session import Phase, Session
@@ -45,6 +48,7 @@ class Trainer:
         index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas)
         self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
         self.optimizer = ShardedAdamW(self.state, groups, job.optimizer, session)
+        self.parity = Parity(self.state, groups, session)
         self.rotation = Rotation(job.shape, device)
         tp = TensorParallel(groups.tp, session)
         stage = Stage(job.shape, self.state, tp, pp=job.layout.pp, stage=at.pp)
@@ -94,8 +98,23 @@ class Trainer:
             self.session.phase(Phase.OPTIMIZER)
             gate()
             self.optimizer.gradients.collect(replica)
+        self.parity.check()
         lr = job.optimizer.lr_at(state.step, job.steps)
-        return self.optimizer.update(losses, lr=lr, asks=asks, says=says())
+        update = self.optimizer.update(losses, lr=lr, asks=asks, says=says())
+        self.parity.seal()
+        return self._believed(update)
+
+    def _believed(self, update: Update) -> Update:
+        """What is not finite made no update; it is told, unless one knows that its batch is the cause."""
+        if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
+            return update
+        step = self.state.step
+        if step in self.job.skip_steps:
+            return replace(update, skipped=True)
+        if not bool(torch.isfinite(self.state.grads).all()):
+            self.session.trouble(Trouble.NOT_FINITE_HERE, step)
+        self.session.trouble(Trouble.NOT_FINITE, step)
+        return update
 
     def rates(self, elapsed_s: float) -> Rates:
         """Of one step that took this long."""

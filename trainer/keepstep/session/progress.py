@@ -28,8 +28,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Point, writer_of
+from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Point, Trouble, writer_of
+
+if TYPE_CHECKING:
+    from keepstep.session.snapshot import Snapshots
 
 _MEMFD = "keepstep-beacon"  # the name that the shim gives its pages
 _NAN = math.nan
@@ -53,6 +57,7 @@ class Session:
         self._checkpoint_step, self._stall_ns = now.checkpoint_step, now.stall_ns
         self._snapshot_step, self._wait_ns, self._batches = now.snapshot_step, now.wait_ns, now.batches
         self._group, self._group_sequence = b"", 0
+        self._trouble = int(now.trouble | now.trouble_step << 8)
         self._begun: dict[str, int] = {}  # collectives by group, where nobody else counts them
         self._waiting_ns = self._waited_ns = 0  # since when; and how long in this phase
         self._publish()
@@ -122,6 +127,8 @@ class Session:
         self._publish()
         if loss is None and grad_norm is None and tokens_per_s is None and tflops is None and mfu is None:
             return
+        if not all(math.isfinite(figure) for figure in (loss, grad_norm) if figure is not None):
+            self.trouble(Trouble.NOT_FINITE, step)
         self._writer.point(
             Point(
                 step=step,
@@ -133,6 +140,13 @@ class Session:
                 mfu=_NAN if mfu is None else mfu,
             )
         )
+
+    def trouble(self, what: Trouble, step: int, *, unless: Trouble = Trouble.NONE) -> None:
+        """Numbers that cannot be true, seen after `step` steps. Less grave than what is known: not told."""
+        known = self._trouble & 0xFF
+        if what > known and (unless is Trouble.NONE or known < unless):
+            self._trouble = what | (step & 0xFFFFFF) << 8
+            self._publish()
 
     def resumed(self, step: int) -> None:
         """The job goes on from a restored state after `step` completed steps; no step was done for it."""
@@ -149,6 +163,12 @@ class Session:
         self._snapshot_step = step
         self._publish()
 
+    def snapshots(self) -> "Snapshots":
+        """What keeps this script's state in memory; needs torch."""
+        from keepstep.session.snapshot import Snapshots
+
+        return Snapshots(self)
+
     def stalled(self, ns: int) -> None:
         """Training stood still for `ns` nanoseconds because of a checkpoint."""
         self._stall_ns += ns
@@ -163,7 +183,7 @@ class Session:
         self._writer.put(
             self._step, self._micro_batch, self._phase, self._phase_ns, self._step_ns, self._launched,
             self._completed, self._checkpoint_step, self._snapshot_step, self._peer, self._stall_ns,
-            self._wait_ns, self._waiting_ns, self._batches, self._group, self._group_sequence,
+            self._wait_ns, self._waiting_ns, self._batches, self._group, self._group_sequence, self._trouble,
         )  # fmt: skip
 
 

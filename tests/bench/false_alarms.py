@@ -1,0 +1,277 @@
+"""Healthy histories that nobody may be killed for, and hangs that must be found, judged as in production.
+
+Each history is a gang of two ranks over 10,000 steps or more: noisy, drifting and bimodal, with evaluations,
+checkpoints, recompilations, data stalls, links that flap and machines that pause. Histories are drawn by a
+generator that knows nothing of the judge; its seed is the commit's hash. Time is virtual: the judge is only
+asked where something stands still for longer than a second and a half, at the looks that an agent would have
+made, with the beacons' histograms as they were at that moment.
+
+The last line is one JSON object: `kills` of healthy gangs over `histories`, and how long hangs took to be
+found as a multiple of the bound that the verdict names.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from keepstep.core.beacon import BINS, bin_edge_s
+from keepstep.core.durations import Usual
+from keepstep.core.ids import Attempt, JobId, Node, Rank
+from keepstep.core.job import Batch, Checkpoint, JobSpec, LlamaRun, ModelShape, Optimizer, Resources
+from keepstep.core.layout import Layout
+from keepstep.core.states import AttemptState, JobState
+from keepstep.decide.hung import Suspicion, hung
+from keepstep.decide.plan import Policy, Verdict
+from keepstep.decide.view import (
+    AttemptView,
+    Examined,
+    Finding,
+    JobView,
+    PartPhase,
+    PartView,
+    RankPhase,
+    RankView,
+)
+
+STEPS = 10_000
+LOOK_S = 0.25
+COMPILING = ("torch/_inductor/codecache.py:1 compile", "train.py:1 forward")
+COMPUTING = ("train.py:1 forward",)
+
+# ---------------------------------------------------------------------- the generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stall:
+    """A rank in a phase for so long, and what one would see if one looked."""
+
+    step: int
+    phase: str
+    seconds: float
+    kind: str = "plain"  # plain | compile | link | pause
+    hang: bool = False
+    usual: bool = False  # one of the history's phases: counted with them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    phases: dict[str, np.ndarray]  # seconds by step: what each rank's beacon counts
+    stalls: tuple[Stall, ...]  # what happens beside, seldom
+
+
+def history(chance: np.random.Generator, *, hang: bool) -> History:
+    step_s = float(10 ** chance.uniform(-2.0, 1.3))  # 10 ms to 20 s
+    shares = chance.dirichlet((1.0, 6.0, 8.0, 3.0))
+    sigma = float(chance.choice((0.05, 0.2, 0.5)))
+    noise = np.exp(sigma * chance.standard_normal(STEPS, dtype=np.float32))
+    noise *= _shape(chance)
+    phases = {
+        name: (noise * np.float32(share * step_s)).astype(np.float32)
+        for name, share in zip(("data", "forward", "backward", "optimizer"), shares, strict=True)
+    }
+    phases["forward"][0] += chance.uniform(0.0, 120.0)  # the first one loads and compiles
+    stalls = list(_stalls(chance, step_s))
+    if hang:
+        phase = str(chance.choice(("forward", "backward", "optimizer", "data")))
+        stalls.append(Stall(step=int(chance.integers(20, STEPS)), phase=phase, seconds=np.inf, hang=True))
+    return History(phases=phases, stalls=tuple(sorted(stalls, key=lambda stall: stall.step)))
+
+
+def _shape(chance: np.random.Generator) -> np.ndarray:
+    """How the time of a step changes over the run."""
+    steps = np.arange(STEPS, dtype=np.float32)
+    match chance.integers(4):
+        case 0:
+            return np.ones(STEPS, dtype=np.float32)
+        case 1:  # sequences grow
+            return np.linspace(1.0, chance.uniform(1.0, 9.0), STEPS, dtype=np.float32)
+        case 2:  # long sequences among short ones
+            long = chance.random(STEPS, dtype=np.float32) < chance.uniform(0.01, 0.3)
+            return np.where(long, np.float32(chance.uniform(2.0, 6.0)), np.float32(1.0))
+        case _:  # the machine is throttled, or shared with somebody by day
+            period = float(chance.integers(50, 5000))
+            busy = np.sin(steps / period) > 0
+            return np.where(busy, np.float32(chance.uniform(1.2, 4.0)), np.float32(1.0))
+
+
+def _stalls(chance: np.random.Generator, step_s: float) -> Iterator[Stall]:
+    def at() -> int:
+        return int(chance.integers(1, STEPS))
+
+    evaluation_s, checkpoint_s = chance.uniform(1.0, 300.0), chance.uniform(0.2, 60.0)
+    named = chance.random() < 0.5  # whether the script says that it evaluates
+    for step in range(int(chance.integers(500, 3000)), STEPS, 1000):
+        seconds = evaluation_s * chance.uniform(0.7, 1.5)
+        yield Stall(step=step, phase="evaluation" if named else "none", seconds=seconds)
+    for step in range(100, STEPS, 500):
+        slow = chance.uniform(1.0, 3.0) if chance.random() < 0.1 else 1.0
+        yield Stall(step=step, phase="checkpoint", seconds=checkpoint_s * slow)
+    for _ in range(chance.integers(4)):
+        yield Stall(step=at(), phase="forward", seconds=chance.uniform(2.0, 300.0), kind="compile")
+    for _ in range(chance.integers(6)):
+        yield Stall(step=at(), phase="data", seconds=chance.uniform(1.0, 55.0))
+    for _ in range(chance.integers(3)):
+        yield Stall(step=at(), phase="backward", seconds=chance.uniform(1.0, 55.0), kind="link")
+    for _ in range(chance.integers(3)):
+        yield Stall(step=at(), phase="forward", seconds=step_s + 3600.0, kind="pause")
+
+
+# ---------------------------------------------------------------------- the judge, asked
+
+
+EDGES = np.array([bin_edge_s(k) for k in range(BINS - 1)])
+SPEC = JobSpec(
+    name="j",
+    resources=Resources(nodes=2, gpus_per_node=1),
+    parallelism=Layout(dp=2),
+    run=LlamaRun(
+        model=ModelShape(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocabulary=260),
+        steps=STEPS,
+        batch=Batch(global_tokens=512, seq=256),
+        optimizer=Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=10),
+    ),
+    checkpoint=Checkpoint(dir=None),
+)
+POLICY = Policy()
+
+
+class Beacons:
+    """What both ranks' pages hold after so many steps."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.counted: dict[str, int] = {}
+        self.bins: dict[str, np.ndarray] = {}
+        self.longest: dict[str, float] = {}
+
+    def usual(self, phase: str, step: int) -> Usual:
+        seconds = self.history.phases.get(phase)
+        if seconds is not None:
+            self.add(phase, seconds[self.counted.get(phase, 0) : step])
+            self.counted[phase] = step
+        bins = self.bins.get(phase, np.zeros(BINS, dtype=np.int64)) * 2
+        return Usual(
+            count=int(bins.sum()),
+            origins=2,
+            longest_s=self.longest.get(phase, 0.0),
+            bins=tuple(bins.tolist()),
+        )
+
+    def add(self, phase: str, seconds: np.ndarray) -> None:
+        found = np.bincount(np.searchsorted(EDGES, seconds, side="right"), minlength=BINS)
+        self.bins[phase] = found + self.bins.get(phase, 0)
+        self.longest[phase] = max(self.longest.get(phase, 0.0), float(seconds.max(initial=0.0)))
+
+
+def judged(stall: Stall, usual: Usual, still_s: float, step_s: float) -> Verdict | None:
+    """The verdict at one look, after as many close looks as the judge asks for."""
+    culprit = RankView(
+        rank=Rank(1), phase=RankPhase.RUNNING, step=stall.step, doing=stall.phase, process="running",
+        still_s=still_s, counter=9, group="dp", group_sequence=9 if stall.kind == "link" else 8,
+        waiting_s=still_s if stall.kind == "link" else None,
+    )  # fmt: skip
+    waiting = replace(culprit, rank=Rank(0), group="dp", group_sequence=9, waiting_s=still_s)
+    parts = tuple(
+        PartView(node=Node(name), phase=PartPhase.RUNNING, heard=True, alive=1, ranks=(rank,))
+        for name, rank in (("a", waiting), ("b", culprit))
+    )
+    attempt = AttemptView(
+        number=Attempt(1), state=AttemptState.RUNNING, layout=SPEC.parallelism, parts=parts, step=stall.step,
+        step_age_s=still_s, progress_age_s=still_s, stepped=True, step_every_s=max(step_s, 1.0),
+    )  # fmt: skip
+    job = JobView(
+        id=JobId("j"),
+        spec=SPEC,
+        state=JobState.RUNNING,
+        attempt=attempt,
+        attempts=1,
+        usual={stall.phase: usual},
+    )
+    found = hung(job, attempt, POLICY)
+    if isinstance(found, Suspicion):
+        stack = COMPILING if stall.kind == "compile" else COMPUTING
+        look = Examined(
+            attempt=Attempt(1), age_s=0.0, findings=(Finding(rank=Rank(1), process="running", stack=stack),)
+        )
+        found = hung(replace(job, examined=(look, look)), attempt, POLICY)
+    return found if isinstance(found, Verdict) else None
+
+
+def lived(one: History) -> tuple[int, list[float]]:
+    """Healthy moments that were taken for hangs; and for hangs the time to find them over the bound."""
+    kills, ratios = 0, []
+    beacons = Beacons(history=one)
+    step_s = float(sum(seconds[:100].mean() for seconds in one.phases.values()))
+    for stall in sorted((*one.stalls, *_long_phases(one)), key=lambda each: each.step):
+        usual = beacons.usual(stall.phase, stall.step)
+        if stall.hang:
+            ratios.append(found_after(stall, usual, step_s))
+            break
+        # Of a pause a look after it counts for half a second at most; else the last look before it moved.
+        last_look_s = 0.5 if stall.kind == "pause" else LOOK_S * int(stall.seconds / LOOK_S)
+        kills += judged(stall, usual, last_look_s, step_s) is not None
+        if not stall.usual and stall.kind != "pause":
+            beacons.add(stall.phase, np.array([stall.seconds]))
+    return kills, ratios
+
+
+def _long_phases(one: History) -> Iterator[Stall]:
+    """Completions that stand out from what was before; the rest lies far below any bound."""
+    for name, seconds in one.phases.items():
+        usual = np.minimum(seconds, 4 * np.median(seconds[:200]))
+        mean = np.cumsum(usual, dtype=np.float64) / np.arange(1, STEPS + 1)
+        for step in np.flatnonzero((seconds >= 1.5) & (seconds > 5 * mean)):
+            yield Stall(step=int(step), phase=name, seconds=float(seconds[step]), usual=True)
+
+
+def found_after(stall: Stall, usual: Usual, step_s: float) -> float:
+    """In multiples of the bound that the verdict names: the look, the report and the close look included."""
+    low, high = 0, 1 << 14  # looks
+    while high - low > 1:
+        middle = (low + high) // 2
+        if judged(stall, usual, middle * LOOK_S, step_s) is None:
+            low = middle
+        else:
+            high = middle
+    verdict = judged(stall, usual, high * LOOK_S, step_s)
+    assert verdict is not None and verdict.bound_s is not None and verdict.rank == 1, verdict
+    return (high * LOOK_S + LOOK_S + 0.2) / verdict.bound_s
+
+
+def seed() -> int:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return int(done.stdout.strip() or "0", 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--histories", type=int, default=10_000)
+    parser.add_argument("--hangs", type=int, default=500)
+    asked = parser.parse_args()
+    began = time.perf_counter()
+    kills, ratios = 0, []
+    for number in range(asked.histories + asked.hangs):
+        chance = np.random.default_rng([seed() % 2**64, number])
+        wrong, found = lived(history(chance, hang=number >= asked.histories))
+        if wrong:
+            print(f"history {number} of seed {seed():x}: {wrong} kills")
+        kills += wrong
+        ratios += found
+    figures = {
+        "kills": kills,
+        "histories": asked.histories,
+        "steps_each": STEPS,
+        "hangs": len(ratios),
+        "detect_p95_over_bound": round(float(np.percentile(ratios, 95)), 3) if ratios else None,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    print(json.dumps({"bench": "false_alarms", "figures": figures, "context": {"seed": f"{seed():x}"}}))
+
+
+if __name__ == "__main__":
+    main()

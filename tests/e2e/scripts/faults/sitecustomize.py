@@ -1,0 +1,112 @@
+"""Makes one rank of the built-in trainer fail in the first attempt: DISTURB says KIND:RANK:STEP.
+
+On PYTHONPATH of a job under test. The trainer itself is unchanged: its class is wrapped when it is imported.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TRAINER = "keepstep.llama.trainer"
+
+
+def disturb(trainer: Any, kind: str) -> None:
+    """In the middle of a step, in its forward phase."""
+    from keepstep.session import Phase
+
+    trainer.session.phase(Phase.EVALUATION if kind == "evaluate" else Phase.FORWARD)
+    match kind:
+        case "loop":
+            while True:
+                sum(range(1000))
+        case "fifo":
+            name = Path(os.environ["DISTURB_FOLDER"]) / "fifo"
+            os.mkfifo(name)
+            name.read_bytes()  # nobody ever writes
+        case "evaluate":
+            threading.Event().wait(float(os.environ["DISTURB_SECONDS"]))
+        case "exit":
+            os._exit(0)
+        case "mismatch":
+            import torch
+            import torch.distributed as dist
+
+            trainer.session.wait("world")
+            dist.all_reduce(torch.zeros(1), group=trainer.groups.world)
+        case "slow":
+            until = time.perf_counter() + float(os.environ["DISTURB_SECONDS"])
+            while time.perf_counter() < until:
+                sum(range(1000))
+        case "nan":
+            spoil(trainer)
+        case "flip weights":
+            trainer.state.weights.view(torch_int())[11] ^= 1 << 20
+        case "flip owned":
+            trainer.state.master.view(torch_int())[11] ^= 1 << 20
+        case "flip moment":
+            trainer.state.exp_avg.view(torch_int())[11] ^= 1 << 20
+
+
+def spoil(trainer: Any) -> None:
+    """This rank's next gradient is not a number, once."""
+    gradients = trainer.optimizer.gradients
+    collect = gradients.collect
+
+    def spoilt(replica: int) -> None:
+        gradients.collect = collect
+        trainer.state.grads[0] = float("nan")
+        collect(replica)
+
+    gradients.collect = spoilt
+
+
+def torch_int() -> Any:
+    import torch
+
+    return torch.int32
+
+
+def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
+    kind, rank, at = os.environ["DISTURB"].split(":")
+
+    def faulty(self: Any, *arguments: Any, **named: Any) -> Any:
+        mine = os.environ.get("RANK") == rank
+        first = os.environ.get("KEEPSTEP_ATTEMPT", "").split("/")[1:2] == ["1"]
+        reached = self.state.step >= int(at) if kind == "slow" else self.state.step == int(at)
+        if mine and (first or kind == "nan") and reached:
+            disturb(self, kind)
+        return step(self, *arguments, **named)
+
+    return faulty
+
+
+class Finder:
+    """Lets the trainer's module be found as usual, and wraps what it defines."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            module.Trainer.step = wrap(module.Trainer.step)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "DISTURB" in os.environ:
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,34 @@
+"""Bits that flip in a rank's memory, and batches that give nothing finite: who or what it was is found."""
+
+from collections.abc import Callable
+
+import pytest
+
+from cluster import Cluster
+from e2e.test_hung import faulty, recovered
+
+Start = Callable[..., Cluster]
+PROVED = 50  # the state is proved each so many steps
+
+
+@pytest.mark.parametrize("where", ["weights", "owned", "moment"])
+def test_a_flipped_bit_names_its_rank(start: Start, where: str) -> None:
+    cluster = start(nodes=2, slots=1)
+    job = faulty(cluster, f"flip {where}:1:{PROVED}")
+    incident = recovered(cluster, job)
+    assert (incident["verdict"], incident["culprit"]["rank"]) == ("lying", 1), incident
+    told = {"weights": "gathered weights", "owned": "weights or moments", "moment": "weights or moments"}
+    assert told[where] in incident["evidence"]["what"]
+    restored = cluster.job(job)["attempt"]["parent"]["step"]
+    assert restored < PROVED, "what came after the last proof is not to be trusted"
+
+
+def test_a_batch_that_gives_nothing_finite_is_left_out(start: Start) -> None:
+    cluster = start(nodes=2, slots=1)
+    job = faulty(cluster, "nan:1:20")
+    told = cluster.wait_state(job, "succeeded", "failed")
+    assert told["state"] == "succeeded", cluster.story(job)
+    incidents = cluster.incidents(job)
+    assert [one["verdict"] for one in incidents] == ["lying", "lying"], cluster.story(job)
+    assert [one["evidence"]["step"] for one in incidents] == [21, 21]
+    assert "the batch is the cause" in incidents[1]["evidence"]["what"]

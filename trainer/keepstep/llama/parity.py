@@ -1,0 +1,68 @@
+"""Whether a rank's state is still what the last update left: memory that lies names itself, without a vote.
+
+Between two updates nothing may write to weights and moments. So their sums of bits, taken right after one
+update and again just before the next, must agree; where they do not, it is this rank's memory that changed,
+where a comparison after the next all-gather would find every replica equally wrong. And replicas, whose
+gathered weights must be equal bit by bit, compare theirs just before the update.
+
+Done every `EVERY` steps. The sum is that of all words modulo 2^64: any single flipped bit changes it, it runs
+at the speed of memory, and on a GPU it stays there.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from keepstep.core.beacon import Trouble
+from keepstep.llama.flat import FlatState
+from keepstep.llama.parallel import Groups
+from keepstep.session import Session
+
+EVERY = 50
+
+
+class Parity:
+    def __init__(self, state: FlatState, groups: Groups, session: Session) -> None:
+        self._state, self._groups, self._session = state, groups, session
+        self._sealed: tuple[int, Tensor] | None = None  # after how many steps, and the sums
+
+    def seal(self) -> None:
+        """Right after an update."""
+        if self._state.step % EVERY == 0:
+            self._sealed = self._state.step, self._sums()
+
+    def check(self) -> None:
+        """Just before the next one. What does not agree is told; the controller does the rest."""
+        if self._sealed is None:
+            return
+        step, before = self._sealed
+        self._sealed = None
+        if step != self._state.step:
+            return
+        after = self._sums()
+        owned, weights = (before == after).tolist()
+        if not owned:
+            self._session.trouble(Trouble.STATE_CHANGED, step)
+        elif not weights:
+            self._session.trouble(Trouble.WEIGHTS_CHANGED, step)
+        if self._groups.dp is not None:
+            self._compare(after[1:], step)
+
+    def _compare(self, mine: Tensor, step: int) -> None:
+        every = mine.new_empty(self._groups.dp.size() if self._groups.dp else 1)
+        self._session.wait("dp")
+        dist.all_gather_into_tensor(every, mine, group=self._groups.dp)
+        self._session.go_on()
+        agreeing = int((every == mine).sum())
+        if 2 * agreeing <= len(every) and agreeing < len(every):
+            self._session.trouble(Trouble.REPLICA_DIFFERS, step, unless=Trouble.WEIGHTS_CHANGED)
+
+    def _sums(self) -> Tensor:
+        """Of the owned state, and of the weights that were gathered from all owners."""
+        state = self._state
+        return torch.stack([sum_of(part) for part in (state.state, state.weights)])
+
+
+def sum_of(part: Tensor) -> Tensor:
+    """Of all its bits, as 64-bit words; the number of bytes is a multiple of eight."""
+    return part.view(torch.int64).sum()
