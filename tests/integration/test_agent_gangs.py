@@ -102,7 +102,7 @@ def test_processes_that_were_started_ahead_become_each_attempts_ranks(tmp_path: 
                 for attempt in (1, 2):
                     launch = launch_of(tmp_path / "work", GLOO, attempt=attempt, run={"warm": "auto"})
                     await controller.want(launch)
-                    prepared = await controller.phase("prepared", attempt)
+                    prepared = await controller.phase("prepared", attempt, within_s=240)  # torch, three times
                     await controller.want(going(launch, prepared))
                     dead = await controller.phase("dead", attempt)
                     assert [rank.exit_code for rank in dead.ranks] == [0, 0], dead

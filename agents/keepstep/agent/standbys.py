@@ -104,9 +104,9 @@ class Standbys:
         unknown: dict[str, str | None] = {name: None for name in late if name not in recipe.late}
         return replace(recipe, early={**unknown, **recipe.early})
 
-    def learn(self, job: str, recipe: Recipe, directory: Path, *, load: bool) -> None:
+    def learn(self, job: str, recipe: Recipe | None, directory: Path, *, load: bool) -> None:
         """Take what the ranks of an attempt have told so far. `load`: and be ready for the next one."""
-        if recipe.modules and recipe.script:
+        if recipe is not None and recipe.modules and recipe.script:
             self._task(self._learn(job, recipe, directory, load=load))
 
     def statuses(self) -> tuple[StandbyStatus, ...]:
