@@ -48,7 +48,7 @@ async def gang(nodes: Nodes, launch: wire.Launch) -> None:
     ]
     for (controller, _), part in zip(nodes, parts, strict=True):
         await controller.want(part)
-    prepared = [await controller.phase("prepared", launch.attempt, launch.job) for controller, _ in nodes]
+    prepared = [await c.phase("prepared", launch.attempt, launch.job, within_s=240) for c, _ in nodes]
     assert prepared[1].master is None
     for (controller, _), part in zip(nodes, parts, strict=True):
         await controller.want(msgspec.structs.replace(part, go=True, master=prepared[0].master))
