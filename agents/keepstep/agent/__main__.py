@@ -42,6 +42,9 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         help="what ranks are made from: forks of one process, or one for each rank [processes on GPUs]",
     )
     add("--standby-context", action="store_true", help="such processes create their CUDA contexts ahead")
+    add(
+        "--standby-linger", type=float, default=60.0, metavar="SECONDS", help="kept without a job for so long"
+    )
     add("--standby-memory", type=float, metavar="GIB", help="of all standby servers together [no limit]")
     add(
         "--exit-when-orphaned", type=float, metavar="SECONDS", help="without controller and ranks for so long"
@@ -56,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         "gpus": gpus, "labels": labels, "address": given.address, "interface": given.interface,
         "attached": given.attached, "drain": given.drain, "exit_when_orphaned_s": given.exit_when_orphaned,
         "standby_bytes_max": memory, "standby_context": given.standby_context,
+        "standby_linger_s": given.standby_linger,
         "standby_processes": None if given.standby == "auto" else given.standby == "processes",
         "snapshot_bytes": given.snapshot_bytes,
     }  # fmt: skip

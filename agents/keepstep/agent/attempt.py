@@ -286,7 +286,8 @@ class Attempt:
         if ending.shim_died and begun:
             text = f"the shim was killed; {ending.swept} processes of the attempt were ended after it"
             self._tell("orphans", text)
-        self._learn(load=any(report.failed(state) for state in self._states))
+        again = any(report.failed(state) for state in self._states)
+        self._around.standbys.learn(self.launch.job, self._made, self.directory, load=again)
         self._close("dead", self._stop[0] if self._stop else reason)
 
     async def _give_up(self, reason: str) -> None:
@@ -334,12 +335,8 @@ class Attempt:
             self._around.changed()
         if points and self._warm and not self._learnt and any(self.directory.glob("learnt-*.json")):
             self._learnt = True
-            self._learn(load=True)
+            self._around.standbys.learn(self.launch.job, self._made, self.directory, load=True)
         return look.stepped
-
-    def _learn(self, *, load: bool) -> None:
-        if self._made is not None and self._warm:
-            self._around.standbys.learn(self.launch.job, self._made, self.directory, load=load)
 
     def feel(self, elapsed_s: float) -> None:
         """Whether its ranks live and move, `elapsed_s` after the last time."""

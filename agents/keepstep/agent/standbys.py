@@ -104,9 +104,9 @@ class Standbys:
         unknown: dict[str, str | None] = {name: None for name in late if name not in recipe.late}
         return replace(recipe, early={**unknown, **recipe.early})
 
-    def learn(self, job: str, recipe: Recipe, directory: Path, *, load: bool) -> None:
+    def learn(self, job: str, recipe: Recipe | None, directory: Path, *, load: bool) -> None:
         """Take what the ranks of an attempt have told so far. `load`: and be ready for the next one."""
-        if recipe.modules and recipe.script:
+        if recipe is not None and recipe.modules and recipe.script:
             self._task(self._learn(job, recipe, directory, load=load))
 
     def statuses(self) -> tuple[StandbyStatus, ...]:
@@ -194,12 +194,12 @@ class Standbys:
         state = full.server.state
         if server is not None and state is not None:
             known = self._learnt.of(recipe.script)
-            now = replace(known, tried=True, unfit={**known.unfit, **state.unfit})
+            conflict = contradiction(recipe.early, state.reads, recipe.given)
+            now = replace(known, tried=True, unfit={**known.unfit, **state.unfit}, conflict=conflict)
             if now != known:
                 await asyncio.to_thread(self._learnt.keep, recipe.script, now)
-            if not (conflict := contradiction(recipe.early, state.reads, recipe.given)):
+            if not conflict:
                 return True
-            full.state, full.reason = "broken", conflict
             self._tell("standby_broken", job, f"what the script imports is not loaded ahead: {conflict}")
         self._leave(job, full)
         return False

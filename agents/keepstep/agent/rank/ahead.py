@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import become, preload, processes, rendezvous, spawn
-from .marker import overwrite
+from .marker import entitle, overwrite
 from .protocol import LaunchFile
 from .turn import Turn
 
@@ -145,6 +145,7 @@ def wait(descriptor: int, directory: Path, k: int, load: Callable[[preload.Wante
 
 
 def _become(order: Mapping[str, Any], descriptors: list[int], loaded: become.Loaded) -> None:
+    entitle([*order["interpreter"], *order["argv"]])
     output, *kept = _renumbered(descriptors, order["keep"])
     around = spawn.Surroundings(
         env=order["env"], output=output, keep=tuple(kept),
