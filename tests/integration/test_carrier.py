@@ -182,6 +182,7 @@ def test_too_little_memory_is_said_and_costs_snapshots_only(
         found = Slots.open({"KEEPSTEP_CARRIER": str(a.directory)}, rank=0, world=1, attempt=1, **maxima())
         assert found is None
         assert "three slots of rank 0 need 9 MB" in caplog.text
+        assert "three slots of rank 0 need 9 MB" in a.ask(do="held")["trouble"], "for the agent to tell"
 
 
 def test_a_carrier_is_small_and_keeps_nothing_resident(pair: list[Node]) -> None:

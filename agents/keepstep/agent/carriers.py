@@ -116,6 +116,8 @@ class Carriers:
             carrier.seen = await self._ask(carrier, {"do": "held"}, within_s=_LOOK_S)
         except KeepstepError:
             carrier.seen = {}
+        if carrier.seen.get("trouble"):
+            self._trouble(job, carrier, str(carrier.seen["trouble"]))
         if before.get("address") != carrier.seen.get("address"):
             self._changed()
 
