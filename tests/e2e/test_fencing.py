@@ -33,7 +33,8 @@ run:
 
 def test_a_late_commit_after_a_rollback_is_never_restored(start: Start) -> None:
     cluster = start(nodes=2, slots=2)
-    job = cluster.submit(TINY, "run.llama.steps=200", "checkpoint.every=10 steps")
+    changes = "run.llama.steps=200", "checkpoint.every=10 steps", "checkpoint.snapshot_every=never"
+    job = cluster.submit(TINY, *changes)
     cluster.wait_step(job, 12)
     cluster.wait(job, lambda told: (told["progress"]["checkpoint_step"] or 0) >= 10)
     cluster.kill_rank(job, 1)

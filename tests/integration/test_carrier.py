@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from carriers import DESCRIPTION, PAYLOAD, WITHIN_S, Node, agree, content, nodes, protect, restore, take
+from carriers import (
+    DESCRIPTION,
+    PAYLOAD,
+    WITHIN_S,
+    Node,
+    agree,
+    content,
+    nodes,
+    protect,
+    restore,
+    take,
+    until,
+)
 from keepstep.core import snapshots
 from keepstep.core.errors import Refused
 from keepstep.core.snapshots import Stamp
@@ -82,6 +94,23 @@ def test_a_killed_carrier_costs_copies_only(pair: list[Node]) -> None:
     protect(*ranks, step=step)
     assert (0, 1, step, False) in b.held()
     assert (1, 1, step, False) in a.held()
+
+
+def test_many_ranks_share_one_way_to_the_buddy(pair: list[Node]) -> None:
+    """They come one after the other, each with something to send."""
+    a, b = pair
+    ranks = []
+    for rank in range(4):
+        slots = a.slots(rank, world=8, attempt=1)
+        agree(slots)
+        assert take(slots, 1)
+        ranks.append(slots)
+    b.kill()
+    b.start()  # it asks for all of them anew
+    for node in pair:
+        node.meet(a, b, buddy="b" if node is a else "a")
+    copies = {(rank, 1, 1, False) for rank in range(4)}
+    until(lambda: copies <= b.held(), "the copies of all four")
 
 
 def test_what_is_not_sealed_is_not_overwritten(pair: list[Node]) -> None:
@@ -182,6 +211,7 @@ def test_too_little_memory_is_said_and_costs_snapshots_only(
         found = Slots.open({"KEEPSTEP_CARRIER": str(a.directory)}, rank=0, world=1, attempt=1, **maxima())
         assert found is None
         assert "three slots of rank 0 need 9 MB" in caplog.text
+        assert "three slots of rank 0 need 9 MB" in a.ask(do="held")["trouble"], "for the agent to tell"
 
 
 def test_a_carrier_is_small_and_keeps_nothing_resident(pair: list[Node]) -> None:

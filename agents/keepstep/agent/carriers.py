@@ -60,13 +60,13 @@ class Carriers:
 
     # ---------------------------------------------------------------- for an attempt
 
-    async def prepare(self, launch: Launch, address: str) -> str:
-        """What this attempt's ranks will need of earlier ones is here. "", or why there are no snapshots.
+    async def prepare(self, launch: Launch, address: str) -> None:
+        """What this attempt's ranks will need of earlier ones is here, if there is a carrier.
 
         Errors: KeepstepError when a state that is to be restored from memory cannot be had.
         """
         if not launch.secret:
-            return "snapshots in memory are off"
+            return
         carrier = self._of(launch.job, address)
         request = {
             "do": "prepare", "attempt": launch.attempt, "world": launch.world_size,
@@ -81,8 +81,6 @@ class Carriers:
             if launch.memory is not None:
                 raise
             self._trouble(launch.job, carrier, str(error))
-            return str(error)
-        return ""
 
     def adopt(self, launch: Launch, address: str) -> None:
         """Ranks of an attempt that an earlier agent has started: where another carrier would listen."""
@@ -116,6 +114,8 @@ class Carriers:
             carrier.seen = await self._ask(carrier, {"do": "held"}, within_s=_LOOK_S)
         except KeepstepError:
             carrier.seen = {}
+        if carrier.seen.get("trouble"):
+            self._trouble(job, carrier, str(carrier.seen["trouble"]))
         if before.get("address") != carrier.seen.get("address"):
             self._changed()
 

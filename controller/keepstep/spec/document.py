@@ -76,7 +76,7 @@ class CheckpointSection(Section):
     keep: Annotated[Whole, Field(ge=1, le=10_000)] = _CHECKPOINT.keep
     """How many complete checkpoints are kept, the newest."""
     snapshot_every: SnapshotEvery = Field(default=_CHECKPOINT.snapshot_every_steps, validate_default=False)
-    """Between snapshots in memory; auto: as often as its share of memory and bandwidth allows."""
+    """Between snapshots in memory; auto: after each step where three fit into memory, for a script: never."""
 
 
 class RestartsSection(Section):

@@ -108,7 +108,9 @@ class Memory:
         return False
 
     def close(self) -> None:
+        """Whoever still has it in hand fails, instead of writing to what gets the number next."""
         os.close(self.descriptor)
+        self.descriptor = -1
 
 
 def available() -> int:

@@ -41,6 +41,7 @@ class Server:
         self.book, self.peers = Book(), Peers()
         self._streams = Streams(self.book, self.peers, clock)
         self._begun: dict[str, Any] | None = None  # the state that the present attempt begins from
+        self._trouble = ""  # why ranks of the present attempt keep no snapshots
         self._connections = 0
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -150,8 +151,8 @@ class Server:
                 raise NotFound(f"unknown request {other!r}")
         host, port = self._tcp.getsockname()[:2]
         return {
-            "pid": os.getpid(), "address": [host, port], "memory_bytes": self.book.memory_bytes,
-            "held": self.book.listed(),
+            "pid": os.getpid(), "trouble": self._trouble, "address": [host, port],
+            "memory_bytes": self.book.memory_bytes, "held": self.book.listed(),
         }, ()  # fmt: skip
 
     async def _join(self, request: dict[str, Any], given: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
@@ -162,7 +163,11 @@ class Server:
             memory = Memory.given(given.pop(0))
             self.book.adopt(memory)
         else:
-            memory = self.book.made(self.book.own, shape_of(request))
+            try:
+                memory = self.book.made(self.book.own, shape_of(request))
+            except Refused as error:
+                self._trouble = str(error)
+                raise
         if not self.peers.buddy:
             memory.acknowledge(None)
         self._streams.nudge()
@@ -182,7 +187,7 @@ class Server:
         if attempt < book.attempt:
             raise Refused(f"attempt {attempt} was replaced by attempt {book.attempt}")
         book.attempt = attempt
-        self._begun = None
+        self._begun, self._trouble = None, ""
         book.parents = {int(n): Stamp(a, s) if a else None for n, a, s in request["lineage"]}
         memory = request.get("memory")
         if memory is None:

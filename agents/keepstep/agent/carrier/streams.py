@@ -69,7 +69,7 @@ class Streams:
             try:
                 with contextlib.closing(await self._connect(address)) as peer:
                     await self._serve(peer, buddy, address)
-            except (KeepstepError, OSError, TimeoutError, ValueError) as error:
+            except (KeepstepError, OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
                 self._unreachable(buddy, error)
                 await self._wait(_RETRY_S)
 
@@ -83,9 +83,11 @@ class Streams:
     async def _bring_up(self, peer: socket.socket) -> bool:
         """Send what the buddy lacks, then hear of all of it. False: it has no room just now."""
         sent: list[tuple[Key, Memory, Stamp]] = []
-        for key, memory in list(self._book.own.items()):
+        own = list(self._book.own.items())
+        for key, memory in own:  # all questions first: answers come in order
             if key not in self._sent:
                 await self._ask_what_is_there(peer, key, memory)
+        for key, memory in own:
             at, number = max((at or Stamp(0, -1), number) for number, at in enumerate(memory.stamps))
             if at.attempt == self._book.attempt and at > self._sent[key]:
                 async with asyncio.timeout(_patience_s(memory)):
