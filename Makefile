@@ -29,7 +29,7 @@ demo: setup ## a gang that trains while ranks and a node are killed under it
 test: setup ## the quick suites: a few minutes
 	$(PYTEST) $(wildcard $(QUICK:%=tests/%)) -m "not slow"
 
-test-slow: setup ## what `make test` leaves out: slow ones and e2e
+test-slow: setup $(VENV)/.peers ## what `make test` leaves out: slow ones and e2e
 	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) tests/e2e)
 	$(PYTEST) tests --ignore=tests/e2e -m slow || test $$? -eq 5  # 5: there are none
 
@@ -88,6 +88,11 @@ $(VENV)/.installed: $(VENV)/.requirements pyproject.toml
 	$(UV) pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Other people's trainers, which the slow suite runs unchanged.
+$(VENV)/.peers: $(VENV)/.installed requirements/peers.txt
+	$(UV) pip install --quiet --no-deps --require-hashes -r requirements/peers.txt
+	@touch $@
+
 # Hashes of everything, and the addresses of nothing. PyTorch and what only it needs for CUDA stand apart.
 
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -103,5 +108,10 @@ requirements: $(VENV)/.uv ## resolve the hashed requirement files anew (newest: 
 		requirements/all.txt > requirements/dev.txt
 	awk '/^[a-z]/ { cuda = $$0 ~ /$(CUDA)/ && $$0 !~ /$(NOT_CUDA)/ } cuda' \
 		requirements/all.txt > requirements/torch.txt
+	@# What only the peers need, in versions that go with the rest.
+	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra dev --extra peers pyproject.toml \
+		requirements/build.in -c requirements/dev.txt -c requirements/torch.txt -o requirements/all.txt
+	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
+		requirements/dev.txt requirements/torch.txt requirements/all.txt > requirements/peers.txt
 	rm requirements/all.txt
 	echo uv | $(UV) $(COMPILE) $(UPGRADE) - -o requirements/uv.txt

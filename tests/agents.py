@@ -149,12 +149,14 @@ class Controller:
         )
         return found[0] if found else None
 
-    async def phase(self, phase: str, number: int = 1, job: str = JOB) -> wire.AttemptStatus:
+    async def phase(
+        self, phase: str, number: int = 1, job: str = JOB, within_s: float = WITHIN_S
+    ) -> wire.AttemptStatus:
         def reached() -> bool:
             status = self.attempt(number, job)
             return status is not None and status.phase == phase
 
-        await until(reached, lambda: f"{self.attempt(number, job)}")
+        await until(reached, lambda: f"{self.attempt(number, job)}", within_s)
         status = self.attempt(number, job)
         assert status is not None
         return status

@@ -60,7 +60,7 @@ class Node:
 
     @property
     def port(self) -> int:
-        return int(self.ask(do="hello")["port"])
+        return int(self.ask(do="hello")["address"][1])
 
     def held(self) -> set[tuple[int, int, int, bool]]:
         """rank, attempt, step, own"""

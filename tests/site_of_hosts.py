@@ -71,12 +71,12 @@ class Site:
         self.until(reached, f"step {step} of attempt {attempt}", within_s)
 
     def close(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+        for host, process in self.processes.items():
+            if process.poll() is None:  # an interrupted agent ends its ranks, also when a test has failed
+                process.send_signal(signal.SIGTERM if host == "ctl" else signal.SIGINT)
         for process in self.processes.values():
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
             cluster = Cluster(tmp_path_factory.mktemp("undisturbed") / "home", nodes=2, slots=slots)
             try:
                 job = cluster.submit(spec)
-                cluster.wait_state(job, "succeeded")
+                cluster.wait_state(job, "succeeded", within_s=900.0)
                 curves[spec] = cluster.losses(job)
             finally:
                 cluster.close()

@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,37 @@ def test_a_script_that_fails_gives_its_own_code_at_once(home: Home, tmp_path: Pa
     assert done.returncode == 2, done.stderr
     assert "invalid int value: 'nonsense'" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+WAITS = """
+import os, time
+open(f"pid-{os.environ['RANK']}", "w").write(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
+def test_when_its_terminal_goes_its_ranks_go(home: Home, tmp_path: Path, how: signal.Signals) -> None:
+    (tmp_path / "waits.py").write_text(WAITS)
+    command = [sys.executable, "-m", "keepstep.cli.main", "run", "--nproc", "2", "--no-warm", "waits.py"]
+    env = {**os.environ, "KEEPSTEP_HOME": str(home.path)}
+    with (tmp_path / "said").open("wb") as said:
+        shell = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=said, stderr=said)
+    try:
+        files = [tmp_path / f"pid-{rank}" for rank in (0, 1)]
+        until(lambda: all(file.exists() and file.read_text() for file in files), shell)
+        pids = [int(file.read_text()) for file in files]
+        shell.send_signal(how)
+        shell.wait(60)
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    finally:
+        shell.kill()
+        shell.wait()
+
+
+def until(condition: Callable[[], bool], running: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert running is None or running.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -28,7 +28,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     moment SECONDS KIND [attempt= slots= spare_slots= incident= seconds=]
 questions:
     decide                          the plan
-    memory                          the newest state that is whole in memory, and who holds each rank's
+    memory                          the newest state that is whole in memory, who holds it, what is protected
     restore                         the point on the chain that the next attempt begins from
     observe PERIOD WORD ...         silence after ticks that took so many seconds, and `heard`
     ledger UNTIL
@@ -60,7 +60,7 @@ from keepstep.core.states import AttemptState, JobState, NodeState
 from keepstep.decide import plan as p
 from keepstep.decide.account import Moment, ledger
 from keepstep.decide.decide import decide
-from keepstep.decide.restore import memory_point, restore_point
+from keepstep.decide.restore import memory_point, protected_step, restore_point
 from keepstep.decide.silence import Silence
 from keepstep.decide.view import (
     Asked,
@@ -419,7 +419,9 @@ class Scene:
             return [f"nothing   {point.reason}"]
         holders = " ".join(",".join(nodes) for nodes in point.memory.holders)
         at, dp = point.at, point.memory.layout.dp
-        return [f"{at.attempt}@{at.step} of dp {dp} from {holders}   {point.reason}"]
+        safe = protected_step(self.now.lineage, self.now.kept, self.now.spec.parallelism)
+        protected = f"protected up to {safe}" if safe >= 0 else "not protected"
+        return [f"{at.attempt}@{at.step} of dp {dp} from {holders}, {protected}   {point.reason}"]
 
     def on_restore(self, *_: object) -> list[str]:
         inventory = self.now.inventory

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from agents import JOB, Agent, Controller, controlled, launch_of, lives, until
+from agents import JOB, Agent, Controller, controlled, going, launch_of, lives, until
 from keepstep.spec import load, to_dict
 from keepstep.spec.bundle import pack
 from keepstep.wire import messages as wire
@@ -29,11 +29,15 @@ print("sum", int(total), "of", dist.get_world_size(), helper.WORD, os.getcwd(), 
 dist.destroy_process_group()
 """
 
+FORGETFUL = ("--standby-linger", "0")  # a server ends with its last job
 Nodes = list[tuple[Controller, Agent]]
 
 
 async def two_nodes(stack: AsyncExitStack, folder: Path) -> Nodes:
-    return [await stack.enter_async_context(controlled(folder / name, node=name)) for name in ("a", "b")]
+    return [
+        await stack.enter_async_context(controlled(folder / name, *FORGETFUL, node=name))
+        for name in ("a", "b")
+    ]
 
 
 async def gang(nodes: Nodes, launch: wire.Launch) -> None:
@@ -44,7 +48,7 @@ async def gang(nodes: Nodes, launch: wire.Launch) -> None:
     ]
     for (controller, _), part in zip(nodes, parts, strict=True):
         await controller.want(part)
-    prepared = [await controller.phase("prepared", launch.attempt, launch.job) for controller, _ in nodes]
+    prepared = [await c.phase("prepared", launch.attempt, launch.job, within_s=240) for c, _ in nodes]
     assert prepared[1].master is None
     for (controller, _), part in zip(nodes, parts, strict=True):
         await controller.want(msgspec.structs.replace(part, go=True, master=prepared[0].master))
@@ -79,6 +83,36 @@ def test_a_shipped_script_over_two_nodes_starts_warm(tmp_path: Path) -> None:
                     assert answer.data["end"]
             finally:
                 await _end_standbys(nodes)
+
+    asyncio.run(play())
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_ahead_become_each_attempts_ranks(tmp_path: Path) -> None:
+    """As on GPUs: what was used is replaced at once, and the next attempt is as warm as the first."""
+
+    async def play() -> None:
+        async with controlled(tmp_path, "--standby", "processes", "--slots", "2", *FORGETFUL) as (
+            controller,
+            agent,
+        ):
+            (tmp_path / "work").mkdir()
+            (tmp_path / "work" / "helper.py").write_text("WORD = 'ahead'\n")
+            try:
+                for attempt in (1, 2):
+                    launch = launch_of(tmp_path / "work", GLOO, attempt=attempt, run={"warm": "auto"})
+                    await controller.want(launch)
+                    prepared = await controller.phase("prepared", attempt, within_s=240)  # torch, three times
+                    await controller.want(going(launch, prepared))
+                    dead = await controller.phase("dead", attempt)
+                    assert [rank.exit_code for rank in dead.ranks] == [0, 0], dead
+                    assert dead.warm, dead.cold_reason
+                    log = agent.folder / "jobs" / JOB / str(attempt) / "rank-0.log"
+                    assert log.read_text().startswith("sum 1 of 2 ahead")
+                    [standby] = controller.states[-1].standbys
+                    assert standby.memory_bytes > 100 << 20  # of all that wait
+            finally:
+                await _end_standbys([(controller, agent)])
 
     asyncio.run(play())
 
@@ -148,7 +182,7 @@ async def _end_standbys(nodes: Nodes) -> None:
     pids = [
         json.loads(path.read_bytes())["pid"]
         for _, agent in nodes
-        for path in agent.folder.glob("standby/*/*.json")
+        for path in agent.folder.glob("standby/*/standby.json")
     ]
     for controller, agent in nodes:
         if agent.running and controller.registers:

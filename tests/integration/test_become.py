@@ -1,11 +1,15 @@
 # ruff: noqa: E501 - scripts are quoted as they are run
-"""A script cannot tell a warm start from a cold one: what it prints and how it ends is the same, to the byte."""
+"""A script cannot tell a warm start from a cold one: what it prints and how it ends is the same, to the byte.
+
+Warm is forked from a standby server, or become by a process that was started ahead.
+"""
 
 import asyncio
 import re
 import signal
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -193,26 +197,36 @@ print("\u00e4\u20ac")
     "asyncio": "import asyncio\nasync def main():\n    await asyncio.sleep(0)\n    raise ValueError('async')\nasyncio.run(main())\n",
 }  # fmt: skip
 
-_VARYING = [(re.compile(r"0x[0-9a-f]{6,}"), "0x"), (re.compile(r"/(cold|warm)\b"), "/start"), (re.compile(r"(Process|Thread)-\d+|pid=\d+|\b\d{12,}\b"), "N")]  # fmt: skip
+_VARYING = [(re.compile(r"0x[0-9a-f]{6,}"), "0x"), (re.compile(r"/(cold|forked|ahead)\b"), "/start"), (re.compile(r"(Process|Thread)-\d+|pid=\d+|\b\d{12,}\b"), "N")]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Standby:
+    forked: StandbyServer
+    ahead: StandbyServer
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandbyServer]:
+def standby(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standby]:
     folder = tmp_path_factory.mktemp("standby")
-    file = launch_file(folder, ("x",))
-    server = StandbyServer(
-        folder, interpreter=file.interpreter, env=ENV, cwd="/", wanted=Wanted(modules=MODULES)
-    )
-    asyncio.run(server.ensure(timeout_s=WITHIN_S))
-    yield server
-    asyncio.run(server.stop())
+    forked, ahead = (
+        StandbyServer(
+            folder / name, interpreter=(sys.executable,), env=ENV, cwd="/",
+            wanted=Wanted(modules=MODULES, ranks=ranks),
+        )
+        for name, ranks in (("forked", 0), ("ahead", 1))
+    )  # fmt: skip
+    asyncio.run(forked.ensure(timeout_s=WITHIN_S))
+    yield Standby(forked, ahead)
+    asyncio.run(forked.stop())
+    asyncio.run(ahead.stop())
 
 
 def _seen(
-    tmp_path: Path, server: StandbyServer, text: str, argv: tuple[str, ...], *, name: str, warm: bool
+    tmp_path: Path, server: StandbyServer | None, text: str, argv: tuple[str, ...], *, name: str, how: str
 ) -> tuple[object, ...]:
     """What a script says, how it ends, and what it has written."""
-    how = "warm" if warm else "cold"
+    warm = server is not None
     folder, directory = tmp_path / how, tmp_path / f"launch-{how}"
     script(folder, "keep = []\n", "beside.py")
     script(folder / "pkg", "", "__init__.py")
@@ -220,6 +234,8 @@ def _seen(
     file = replace(launch_file(folder, argv, warm=warm), job="job")
 
     async def check() -> tuple[object, ...]:
+        if server is not None:
+            await server.ensure(timeout_s=WITHIN_S)  # what was started ahead serves once
         async with launched(directory, file, standby=server) as shim:
             assert shim.status.warm is warm, shim.status.note
             ending = await shim.ended(timeout_s=WITHIN_S)
@@ -232,18 +248,19 @@ def _seen(
     return (*end, words, {path.name: path.read_bytes() for path in sorted(folder.rglob("*.txt"))})
 
 
-def _both(
-    tmp_path: Path, server: StandbyServer, text: str, argv: tuple[str, ...], *, name: str = "script.py"
-) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Cold, warm."""
-    cold, warm = (_seen(tmp_path, server, text, argv, name=name, warm=warm) for warm in (False, True))
-    return cold, warm
+def _compare(
+    tmp_path: Path, standby: Standby, text: str, argv: tuple[str, ...], *, name: str = "script.py"
+) -> object:
+    """Its exit code, which is the same in all three ways."""
+    cold = _seen(tmp_path, None, text, argv, name=name, how="cold")
+    for how, server in (("forked", standby.forked), ("ahead", standby.ahead)):
+        assert _seen(tmp_path, server, text, argv, name=name, how=how) == cold, how
+    return cold[0]
 
 
 @pytest.mark.parametrize("case", SCRIPTS)
-def test_a_script(tmp_path: Path, server: StandbyServer, case: str) -> None:
-    cold, warm = _both(tmp_path, server, SCRIPTS[case], ("script.py", "--n", "3"))
-    assert warm == cold
+def test_a_script(tmp_path: Path, standby: Standby, case: str) -> None:
+    _compare(tmp_path, standby, SCRIPTS[case], ("script.py", "--n", "3"))
 
 
 @pytest.mark.parametrize(
@@ -261,30 +278,25 @@ def test_a_script(tmp_path: Path, server: StandbyServer, case: str) -> None:
         "finalizers",
     ],
 )
-def test_a_module(tmp_path: Path, server: StandbyServer, case: str) -> None:
-    cold, warm = _both(tmp_path, server, SCRIPTS[case], ("-m", "pkg.mod", "--n", "3"), name="pkg/mod.py")
-    assert warm == cold
+def test_a_module(tmp_path: Path, standby: Standby, case: str) -> None:
+    _compare(tmp_path, standby, SCRIPTS[case], ("-m", "pkg.mod", "--n", "3"), name="pkg/mod.py")
 
 
 @pytest.mark.parametrize("path", ["./script.py", "pkg/../script.py", "pkg/deep.py"])
-def test_a_path(tmp_path: Path, server: StandbyServer, path: str) -> None:
+def test_a_path(tmp_path: Path, standby: Standby, path: str) -> None:
     name = "pkg/deep.py" if "deep" in path else "script.py"
-    cold, warm = _both(tmp_path, server, SCRIPTS["names"] + "\n1/0\n", (path, "x"), name=name)
-    assert warm == cold
-    assert cold[0] == 1
+    assert _compare(tmp_path, standby, SCRIPTS["names"] + "\n1/0\n", (path, "x"), name=name) == 1
 
 
 @pytest.mark.parametrize("module", ["nothing.there", "pkg", "beside.not_a_package"])
-def test_a_module_that_cannot_be_run(tmp_path: Path, server: StandbyServer, module: str) -> None:
-    cold, warm = _both(tmp_path, server, "", ("-m", module))
-    assert warm == cold
-    assert cold[0] == 1
+def test_a_module_that_cannot_be_run(tmp_path: Path, standby: Standby, module: str) -> None:
+    assert _compare(tmp_path, standby, "", ("-m", module)) == 1
 
 
-def test_two_ranks_have_chance_of_their_own(tmp_path: Path, server: StandbyServer) -> None:
+def test_two_ranks_have_chance_of_their_own(tmp_path: Path, standby: Standby) -> None:
     text = "import random, tempfile, uuid, secrets\nprint(random.random(), next(tempfile._get_candidate_names()))\n"
     file = launch_file(tmp_path, script(tmp_path, text), ranks=2, warm=True)
-    asyncio.run(run(tmp_path / "1", file, standby=server))
+    asyncio.run(run(tmp_path / "1", file, standby=standby.forked))
     assert len(set(said(tmp_path / "1").split() + said(tmp_path / "1", 1).split())) == 4
 
 
@@ -302,7 +314,7 @@ def test_two_ranks_have_chance_of_their_own(tmp_path: Path, server: StandbyServe
     ],
 )
 def test_what_would_differ_starts_cold(
-    tmp_path: Path, server: StandbyServer, change: dict[str, object], why: str
+    tmp_path: Path, standby: Standby, change: dict[str, object], why: str
 ) -> None:
     argv = script(tmp_path, "print('c')")
     script(tmp_path / "folder", "print('c')", "__main__.py")
@@ -315,7 +327,7 @@ def test_what_would_differ_starts_cold(
     file = replace(file, **change)  # type: ignore[arg-type]
 
     async def check() -> None:
-        async with launched(tmp_path / "1", file, standby=server) as shim:
+        async with launched(tmp_path / "1", file, standby=standby.forked) as shim:
             assert not shim.status.warm
             assert why in shim.status.note
             ending = await shim.ended(timeout_s=WITHIN_S)
@@ -324,7 +336,7 @@ def test_what_would_differ_starts_cold(
     asyncio.run(check())
 
 
-def test_a_warm_rank_takes_signals_as_a_cold_one(tmp_path: Path, server: StandbyServer) -> None:
+def test_a_warm_rank_takes_signals_as_a_cold_one(tmp_path: Path, standby: Standby) -> None:
     text = """
 import signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: print("usr1", flush=True))
@@ -339,7 +351,7 @@ except KeyboardInterrupt:
 
     async def check() -> None:
         file = launch_file(tmp_path, script(tmp_path, text), warm=True)
-        async with launched(tmp_path / "1", file, standby=server) as shim:
+        async with launched(tmp_path / "1", file, standby=standby.forked) as shim:
             until(lambda: said(tmp_path / "1"))
             await shim.signal("USR1")
             until(lambda: "usr1" in said(tmp_path / "1"))

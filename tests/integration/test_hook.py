@@ -160,6 +160,18 @@ for k in range(60):
     model(torch.ones(2, 3)).sum().backward()
     (optimizer if k < 10 else later).step()
 """),
+    "gone_on_from_a_checkpoint": (
+        43, {"backward": 3, "optimizer": 3}, """
+optimizer = torch.optim.AdamW(model.parameters())
+saved = optimizer.state_dict()
+for k, parameter in enumerate(model.parameters()):
+    zero = torch.zeros_like(parameter)
+    saved["state"][k] = {"step": torch.tensor(40.0), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+optimizer.load_state_dict(saved)
+for _ in range(3):
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+"""),
     "in_threads_and_children": (
         4, {"backward": 4, "optimizer": 4}, """
 import os, threading
@@ -224,6 +236,45 @@ def test_steps(tmp_path: Path, server: StandbyServer, case: str) -> None:
     assert one.record.step == step or (step is None and 50 <= one.record.step <= 60)
 
 
+def test_an_evaluation_has_no_phase_that_it_could_be_late_in(tmp_path: Path, server: StandbyServer) -> None:
+    """Among training steps, on a loader of its own and without one, with gradients on where scripts fetch."""
+    text = """
+import sys
+marks = sys.modules["keepstep_hook"]._present["marks"]
+dist.init_process_group("gloo")
+class Model(nn.Linear):
+    def forward(self, x):
+        if evaluating: seen.add(marks._phase)
+        return super().forward(x)
+evaluating, seen = False, set()
+model = DDP(Model(3, 2))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def evaluate():
+    global evaluating
+    evaluating = True
+    seen.add(marks._phase)
+    for (batch,) in loader():
+        seen.add(marks._phase)
+        with torch.no_grad():
+            model(batch)
+    model.eval()
+    model(torch.ones(1, 3))
+    model.train()
+    evaluating = False
+for epoch in range(2):
+    for (batch,) in loader():
+        model(batch).sum().backward()
+        optimizer.step()
+        evaluate()
+    evaluate()
+print(seen)
+dist.destroy_process_group()
+"""
+    one = run(tmp_path, server, text)[0]
+    assert (one.said, one.record.step) == ("{255}\n", 12)
+    assert one.count == {"data": 12, "forward": 12, "backward": 12, "optimizer": 12}
+
+
 def test_groups_come_and_go_as_often_as_a_script_likes(tmp_path: Path, server: StandbyServer) -> None:
     text = """
 for number in range(4):
@@ -284,11 +335,10 @@ def test_a_script_cannot_tell(tmp_path: Path) -> None:
         "broken": HOOKED | {"PYTHONPATH": path, "KEEPSTEP_BEACON_CODE": "/no/such/file"},
     }
     shown = {
-        name: asyncio.run(seen(tmp_path, TOY + _VISIBLE, ranks=2, env=env, name=name))
-        for name, env in envs.items()
+        name: asyncio.run(seen(tmp_path, TOY + _VISIBLE, env=env, name=name)) for name, env in envs.items()
     }
     for name, ranks in shown.items():
-        assert [rank.exit_code for rank in ranks[0].ending.ranks] == [7, 7], ranks[0].said
+        assert [rank.exit_code for rank in ranks[0].ending.ranks] == [7], ranks[0].said
         for one, without in zip(ranks, shown["without"], strict=True):
             words = [line for line in one.said.splitlines() if not line.startswith("keepstep: ")]
             assert words == without.said.splitlines()

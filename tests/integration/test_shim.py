@@ -116,6 +116,7 @@ print([line for line in open("/proc/self/status") if line.startswith(("SigBlk", 
     }  # fmt: skip  LC_CTYPE: the interpreter's own
     seen = dict(eval(environment))  # noqa: S307 - printed by the script above
     beacon = seen.pop("KEEPSTEP_BEACON_FD")
+    assert seen.pop("KEEPSTEP_RANK_PID").isdecimal()
     assert seen == expected
     assert place == f"{tmp_path} 0o27 77"
     assert descriptors == f"[0, 1, 2, {beacon}]"

@@ -185,6 +185,16 @@ def test_a_script_is_forked_warm_unless_there_is_no_use_in_it(tmp_path: Path) ->
     assert preload.modules[-1] == "json"
 
 
+def test_the_hook_can_be_turned_off(tmp_path: Path) -> None:
+    with_it = recipe(command(tmp_path, "python", "train.py"), tmp_path, {"PYTHONPATH": "/agents"})
+    assert with_it.env["PYTHONPATH"].startswith("/agents:") and "KEEPSTEP_BEACON_CODE" in with_it.env
+    for changes in ({"hook": False}, {"env": {"KEEPSTEP_HOOK": "0"}}):
+        without = recipe(
+            command(tmp_path, "python", "train.py", **changes), tmp_path, {"PYTHONPATH": "/agents"}
+        )
+        assert without.env["PYTHONPATH"] == "/agents" and "KEEPSTEP_BEACON_CODE" not in without.env
+
+
 def test_the_jobs_own_variables_win_over_the_agents(tmp_path: Path) -> None:
     run = command(
         tmp_path, "python", "train.py", env={"A": "job", "PATH": "/usr/bin:/bin"},

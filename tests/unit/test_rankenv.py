@@ -1,4 +1,7 @@
-from keepstep.agent.rankenv import Place, inherited, node_env, rank_env
+from importlib.metadata import distributions
+from pathlib import Path
+
+from keepstep.agent.rankenv import HOOK, Place, hooked, inherited, node_env, rank_env
 
 # What torchrun 2.15 sets for a worker (local_elastic_agent.py), but for what is known only at go:
 # MASTER_ADDR, MASTER_PORT, TORCHELASTIC_USE_AGENT_STORE. The shim adds those, as its own tests show.
@@ -60,3 +63,22 @@ def test_only_the_built_in_trainer_gets_a_job_file() -> None:
         == "/x/job.json"
     )
     assert "KEEPSTEP_JOB_FILE" not in rank_env(SECOND_OF_TWO, 0, error_file="e")
+
+
+def test_the_hook_is_at_the_end_of_the_path_unless_it_is_turned_off() -> None:
+    assert hooked({"A": "b"})["PYTHONPATH"] == str(HOOK)
+    assert hooked({"PYTHONPATH": "/mine:/other"})["PYTHONPATH"] == f"/mine:/other:{HOOK}"
+    assert hooked({"PYTHONPATH": "", "KEEPSTEP_HOOK": "0"}) == {"PYTHONPATH": "", "KEEPSTEP_HOOK": "0"}
+    found = [one for here in distributions(path=[str(HOOK)]) for one in here.entry_points]
+    assert [(one.group, one.value) for one in found] == [("torch.backends", "keepstep_hook:autoload")]
+    assert Path(hooked({})["KEEPSTEP_BEACON_CODE"]).is_file()
+
+
+def test_flight_recorders_and_ras_are_told_of_gpus_only() -> None:
+    given = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    here = {"flights": "/x/flight-", "ras_port": 4711}
+    env = node_env(SECOND_OF_TWO, given, interface="", gpus=("GPU-c",), **here)  # type: ignore[arg-type]
+    assert "TORCH_FR_BUFFER_SIZE" not in env  # the job has chosen, in an older word
+    assert (env["TORCH_FR_DUMP_TEMP_FILE"], env["NCCL_RAS_ADDR"]) == ("/x/flight-", "127.0.0.1:4711")
+    on_cpu = node_env(SECOND_OF_TWO, {}, interface="", gpus=(), **here)  # type: ignore[arg-type]
+    assert not any(name.startswith(("TORCH_FR", "NCCL_RAS")) for name in on_cpu)

@@ -35,6 +35,16 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
     )
     add("--attached", action="store_true", help="belongs to a terminal: when it goes, its ranks go")
     add("--drain", action="store_true", help="end the ranks before leaving")
+    add(
+        "--standby",
+        choices=("auto", "fork", "processes"),
+        default="auto",
+        help="what ranks are made from: forks of one process, or one for each rank [processes on GPUs]",
+    )
+    add("--standby-context", action="store_true", help="such processes create their CUDA contexts ahead")
+    add(
+        "--standby-linger", type=float, default=60.0, metavar="SECONDS", help="kept without a job for so long"
+    )
     add("--standby-memory", type=float, metavar="GIB", help="of all standby servers together [no limit]")
     add(
         "--exit-when-orphaned", type=float, metavar="SECONDS", help="without controller and ranks for so long"
@@ -48,7 +58,9 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         "token_file": given.token_file, "pool": given.pool, "role": given.role, "slots": given.slots,
         "gpus": gpus, "labels": labels, "address": given.address, "interface": given.interface,
         "attached": given.attached, "drain": given.drain, "exit_when_orphaned_s": given.exit_when_orphaned,
-        "standby_bytes_max": memory,
+        "standby_bytes_max": memory, "standby_context": given.standby_context,
+        "standby_linger_s": given.standby_linger,
+        "standby_processes": None if given.standby == "auto" else given.standby == "processes",
         "snapshot_bytes": given.snapshot_bytes,
     }  # fmt: skip
     return AgentSettings(**values) if given.node is None else AgentSettings(node=given.node, **values)

@@ -19,6 +19,7 @@ from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
 from keepstep.agent.pulse import Pulses, phases
 from keepstep.agent.rank.protocol import IDENTITY, LAUNCH, RankState, ShimStatus
+from keepstep.agent.standbys import Place
 from keepstep.agent.surroundings import Surroundings
 from keepstep.agent.unfinished import let_finish
 from keepstep.core import durable
@@ -132,7 +133,8 @@ class Attempt:
         self._wait_for("the job's files")
         made = self._made = await around.recipe_for(launch.job, launch.run, self.directory)
         self._wait_for("the standby server" if made.modules else "")
-        server, self._cold_reason = await around.standbys.ready(launch.job, made)
+        place = Place(ranks=len(launch.ranks), gpus=around.slots.gpus(self._slots))
+        server, self._cold_reason = await around.standbys.ready(launch.job, made, place)
         if earlier := around.predecessors(*self.key):
             self._wait_for("an earlier attempt to be dead")
             await asyncio.wait([asyncio.ensure_future(end) for end in earlier])
@@ -148,11 +150,14 @@ class Attempt:
             carrier=str(around.carriers.directory(launch.job)) if launch.secret else "",
         )  # fmt: skip
         file = preparation.launch_file(launch, made, site)
-        return await shimlink.launch(self.directory, file, standby=server)
+        shim = await shimlink.launch(self.directory, file, standby=server)
+        around.standbys.spent(launch.job, made, place)
+        return shim
 
     async def _adopt(self) -> shimlink.Shim | None:
         """What became of a shim that was started: a link to it, or None when all is over."""
         self._address = self._address or self._around.address(len(self.launch.nodes))[0]
+        self._around.carriers.adopt(self.launch, self._around.address(2)[0])
         while True:
             try:
                 found = await shimlink.adopt(self.directory, self.marker, timeout_s=_ADOPT_TIMEOUT_S)
@@ -204,11 +209,12 @@ class Attempt:
     async def _act(self, shim: shimlink.Shim) -> None:
         """Make the newest orders true."""
         launch, phase = self.launch, shim.status.phase
-        await self._around.carriers.meet(launch)
         try:
             if self._stop is not None:
                 await self._end(shim, *self._stop)
-            elif launch.go and launch.master is not None and phase == "prepared" and not self._went:
+                return
+            await self._around.carriers.meet(launch)
+            if launch.go and launch.master is not None and phase == "prepared" and not self._went:
                 self._went = True
                 address, port = launch.master
                 store = shim.status.store if launch.node_rank == 0 else True
@@ -280,7 +286,8 @@ class Attempt:
         if ending.shim_died and begun:
             text = f"the shim was killed; {ending.swept} processes of the attempt were ended after it"
             self._tell("orphans", text)
-        self._learn(load=any(report.failed(state) for state in self._states))
+        again = any(report.failed(state) for state in self._states)
+        self._around.standbys.learn(self.launch.job, self._made, self.directory, load=again)
         self._close("dead", self._stop[0] if self._stop else reason)
 
     async def _give_up(self, reason: str) -> None:
@@ -328,12 +335,8 @@ class Attempt:
             self._around.changed()
         if points and self._warm and not self._learnt and any(self.directory.glob("learnt-*.json")):
             self._learnt = True
-            self._learn(load=True)
+            self._around.standbys.learn(self.launch.job, self._made, self.directory, load=True)
         return look.stepped
-
-    def _learn(self, *, load: bool) -> None:
-        if self._made is not None and self._warm:
-            self._around.standbys.learn(self.launch.job, self._made, self.directory, load=load)
 
     def feel(self, elapsed_s: float) -> None:
         """Whether its ranks live and move, `elapsed_s` after the last time."""

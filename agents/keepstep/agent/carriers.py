@@ -67,8 +67,7 @@ class Carriers:
         """
         if not launch.secret:
             return "snapshots in memory are off"
-        carrier = self._known.setdefault(launch.job, _Carrier(self.directory(launch.job), address))
-        carrier.address = address
+        carrier = self._of(launch.job, address)
         request = {
             "do": "prepare", "attempt": launch.attempt, "world": launch.world_size,
             "ranks": list(launch.ranks), "lineage": [list(branch) for branch in launch.lineage],
@@ -85,11 +84,15 @@ class Carriers:
             return str(error)
         return ""
 
+    def adopt(self, launch: Launch, address: str) -> None:
+        """Ranks of an attempt that an earlier agent has started: where another carrier would listen."""
+        if launch.secret:
+            self._of(launch.job, address)
+
     async def begin(self, launch: Launch, address: str) -> None:
         """Start it, while other things are prepared that take longer."""
         if launch.secret:
-            carrier = self._known.setdefault(launch.job, _Carrier(self.directory(launch.job), address))
-            carrier.address = address
+            carrier = self._of(launch.job, address)
             with suppress(KeepstepError):  # said by `prepare`
                 await self._ensure(carrier)
 
@@ -113,7 +116,7 @@ class Carriers:
             carrier.seen = await self._ask(carrier, {"do": "held"}, within_s=_LOOK_S)
         except KeepstepError:
             carrier.seen = {}
-        if before.get("port") != carrier.seen.get("port"):
+        if before.get("address") != carrier.seen.get("address"):
             self._changed()
 
     async def follow(self, living: Callable[[], Iterable[Launch]]) -> None:
@@ -137,7 +140,7 @@ class Carriers:
         return tuple(
             SnapshotStatus(
                 job=job,
-                address=(carrier.address, int(carrier.seen["port"])),
+                address=(str(carrier.seen["address"][0]), int(carrier.seen["address"][1])),
                 memory_bytes=int(carrier.seen["memory_bytes"]),
                 held=tuple(
                     Held(rank=rank, world=world, attempt=attempt, step=step, own=own)
@@ -168,6 +171,11 @@ class Carriers:
             await asyncio.sleep(_RETRY_S)
 
     # ---------------------------------------------------------------- within
+
+    def _of(self, job: str, address: str) -> _Carrier:
+        carrier = self._known.setdefault(job, _Carrier(self.directory(job), address))
+        carrier.address = address
+        return carrier
 
     async def _meet(self, carrier: _Carrier, launch: Launch) -> None:
         told = {

@@ -6,6 +6,7 @@ process that is stopped: every request has a deadline and a size.
 
 import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from keepstep.core.errors import TimedOut, Unreachable
@@ -44,6 +45,8 @@ async def _exchange(socket: Path, request: bytes) -> bytes:
         return answer
     finally:
         writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
 
 
 def _body(answer: bytes, socket: Path, handler: str) -> bytes:

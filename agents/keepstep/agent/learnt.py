@@ -27,11 +27,12 @@ class Known:
         default_factory=dict
     )  # top-level names that are never loaded ahead, and why
     tried: bool = False  # the others were found fit
+    conflict: str = ""  # why nothing is loaded ahead for this script, although it could be
 
     @property
     def fit(self) -> tuple[str, ...]:
         found = tuple(name for name in self.modules if name.partition(".")[0] not in self.unfit)
-        return found if len(found) >= WORTH_MODULES else ()
+        return found if len(found) >= WORTH_MODULES and not self.conflict else ()
 
     def with_run(self, modules: Sequence[str], sets: Sequence[str]) -> "Known":
         """After a run of the script."""
@@ -48,7 +49,8 @@ class Learnt:
         try:
             raw: dict[str, Any] = json.loads((self._folder / f"{script}.json").read_bytes())
             modules, sets = tuple(raw["modules"]), tuple(raw["sets"])
-            return Known(modules=modules, sets=sets, unfit=raw["unfit"], tried=raw["tried"])
+            rest = {name: raw[name] for name in ("unfit", "tried", "conflict")}
+            return Known(modules=modules, sets=sets, **rest)
         except (OSError, ValueError, KeyError, TypeError):  # none yet, or of another version
             return Known()
 

@@ -31,7 +31,7 @@ from keepstep.agent.link import Link, Node
 from keepstep.agent.settings import AgentSettings
 from keepstep.agent.slots import Slots
 from keepstep.agent.spool import Spool
-from keepstep.agent.standbys import Standbys
+from keepstep.agent.standbys import Ahead, Standbys
 from keepstep.agent.surroundings import Surroundings
 from keepstep.agent.watch import Watch
 from keepstep.agent.work import Work
@@ -236,6 +236,7 @@ class Agent:
                 self._folder,
                 changed=self._link.changed,
                 tell=lambda kind, job, text: self._tell(kind, job, 0, {"text": text}),
+                ahead=self._ahead(),
                 linger_s=self._settings.standby_linger_s,
                 bytes_max=self._settings.standby_bytes_max,
             ),
@@ -252,6 +253,12 @@ class Agent:
             changed=self._link.changed,
             tell=self._tell,
         )
+
+    def _ahead(self) -> Ahead | None:
+        wanted = self._settings.standby_processes
+        if not (bool(self._gpus) if wanted is None else wanted):
+            return None
+        return Ahead(ranks=self._slots.count, context=self._settings.standby_context, gpus=self._gpus)
 
     def _tell(self, kind: str, job: str, attempt: int, data: dict[str, Any]) -> None:
         text = data.get("text")

@@ -10,6 +10,7 @@ import json
 import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ async def status(host: str, port: int, *, within_s: float) -> bytes:
         return report
     finally:
         writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
 
 
 def findings(report: Mapping[str, Any]) -> dict[str, Any]:

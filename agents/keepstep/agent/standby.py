@@ -86,6 +86,9 @@ class StandbyServer:
         except TimeoutError:
             self.close()
             raise TimedOut("the standby server does not fork", where=str(self.directory)) from None
+        if answer.get("spent"):  # it is this attempt's now; `ensure` starts another
+            self.close()
+            self._born = None
         if "forked" not in answer:
             what = "the standby server cannot fork"
             raise Unreachable(what, where=str(self.directory), why=answer["error"])

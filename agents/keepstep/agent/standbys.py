@@ -40,25 +40,47 @@ class _Held:
     farewell: asyncio.TimerHandle | None = None  # nobody needs it any more
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One attempt's part of the node."""
+
+    ranks: int
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """Ranks become of processes that are started ahead, because what has touched a GPU is not forked from."""
+
+    ranks: int  # of an attempt that is not known yet
+    context: bool
+    gpus: tuple[str, ...]
+
+
 class Standbys:
     """`linger_s`: for how long a server without a job is kept. `bytes_max`: of all servers together."""
 
     def __init__(
         self, folder: Folder, *, changed: Callable[[], None], tell: Callable[[str, str, str], None],
-        linger_s: float, bytes_max: int | None,
+        ahead: Ahead | None = None, linger_s: float, bytes_max: int | None,
     ) -> None:  # fmt: skip
         self._folder, self._changed = folder, changed
         self._tell = tell  # kind of event, job, text
-        self._linger_s, self._bytes_max = linger_s, bytes_max
+        self._ahead, self._linger_s, self._bytes_max = ahead, linger_s, bytes_max
         self._learnt = Learnt(folder.path / "learnt")
         self._held: dict[str, _Held] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def ready(self, job: str, recipe: Recipe) -> tuple[StandbyServer | None, str]:
-        """A loaded server for a job, found or started; or None and why ranks start cold."""
+    async def ready(
+        self, job: str, recipe: Recipe, place: Place | None = None
+    ) -> tuple[StandbyServer | None, str]:
+        """A loaded server for a job, found or started; or None and why ranks start cold.
+
+        `place`: of the attempt, where there is one already.
+        """
         if not recipe.modules:
             return None, recipe.cold_reason
-        plain = Wanted(modules=recipe.modules, given=recipe.given)
+        recipe, plain = self._wanted(recipe, place)
         known = self._learnt.of(recipe.script)
         if known.fit:
             full = self._hold(recipe, replace(plain, learnt=known.fit, tried=known.tried), known.modules)
@@ -71,15 +93,20 @@ class Standbys:
                 return full.server, ""
         return await self._serve(job, self._hold(recipe, plain))
 
+    def spent(self, job: str, recipe: Recipe, place: Place) -> None:
+        """An attempt has taken what was started ahead for it: the next one needs another."""
+        if self._ahead is not None and recipe.modules:
+            self._task(self._again(job, recipe, place))
+
     def informed(self, recipe: Recipe) -> Recipe:
         """With what earlier runs of the script were seen to set. Reads a file."""
         late = self._learnt.of(recipe.script).sets
         unknown: dict[str, str | None] = {name: None for name in late if name not in recipe.late}
         return replace(recipe, early={**unknown, **recipe.early})
 
-    def learn(self, job: str, recipe: Recipe, directory: Path, *, load: bool) -> None:
+    def learn(self, job: str, recipe: Recipe | None, directory: Path, *, load: bool) -> None:
         """Take what the ranks of an attempt have told so far. `load`: and be ready for the next one."""
-        if recipe.modules and recipe.script:
+        if recipe is not None and recipe.modules and recipe.script:
             self._task(self._learn(job, recipe, directory, load=load))
 
     def statuses(self) -> tuple[StandbyStatus, ...]:
@@ -106,6 +133,20 @@ class Standbys:
             await _stop(StandbyServer(directory, interpreter=(), env={}, cwd="/", wanted=Wanted(modules=())))
 
     # ---------------------------------------------------------------- one server
+
+    def _wanted(self, recipe: Recipe, place: Place | None) -> tuple[Recipe, Wanted]:
+        plain = Wanted(modules=recipe.modules, given=recipe.given)
+        ahead = self._ahead
+        if ahead is None:
+            return recipe, plain
+        ranks, gpus = (place.ranks, place.gpus) if place else (ahead.ranks, ahead.gpus)
+        if ahead.context and gpus:  # a context belongs to a device
+            recipe = replace(recipe, env={**recipe.env, "CUDA_VISIBLE_DEVICES": ",".join(gpus)})
+        return recipe, replace(plain, ranks=ranks, context=ahead.context)
+
+    async def _again(self, job: str, recipe: Recipe, place: Place) -> None:
+        if any(job in held.jobs for held in self._held.values()):
+            await self.ready(job, recipe, place)
 
     def _hold(self, recipe: Recipe, wanted: Wanted, learnt: Iterable[str] = ()) -> _Held:
         """`learnt`: all that is known of the script, also what turns out to be unfit when it is loaded."""
@@ -153,12 +194,12 @@ class Standbys:
         state = full.server.state
         if server is not None and state is not None:
             known = self._learnt.of(recipe.script)
-            now = replace(known, tried=True, unfit={**known.unfit, **state.unfit})
+            conflict = contradiction(recipe.early, state.reads, recipe.given)
+            now = replace(known, tried=True, unfit={**known.unfit, **state.unfit}, conflict=conflict)
             if now != known:
                 await asyncio.to_thread(self._learnt.keep, recipe.script, now)
-            if not (conflict := contradiction(recipe.early, state.reads, recipe.given)):
+            if not conflict:
                 return True
-            full.state, full.reason = "broken", conflict
             self._tell("standby_broken", job, f"what the script imports is not loaded ahead: {conflict}")
         self._leave(job, full)
         return False
@@ -222,7 +263,8 @@ class Standbys:
 
 def _key(recipe: Recipe, wanted: Wanted, learnt: Iterable[str] = ()) -> str:
     modules = (*wanted.modules, *learnt, *(f"{name}={value}" for name, value in sorted(wanted.given.items())))
-    return key_of(recipe.interpreter, {**recipe.standby_env, "": recipe.standby_cwd}, modules)
+    kind = f"{wanted.ranks} {wanted.context}" if wanted.ranks else ""
+    return key_of(recipe.interpreter, {**recipe.standby_env, "": recipe.standby_cwd + kind}, modules)
 
 
 async def _stop(server: StandbyServer) -> None:

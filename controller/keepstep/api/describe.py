@@ -3,16 +3,17 @@
 from dataclasses import asdict
 from typing import Any
 
-from keepstep.control.book import layout_of
+from keepstep.control.book import Entry, layout_of
 from keepstep.control.desired import checkpoint_folder
 from keepstep.control.loop import Controller
-from keepstep.control.picture import draw
+from keepstep.control.picture import draw, kept
 from keepstep.core.ids import JobId
 from keepstep.core.job import JobSpec, LlamaRun
 from keepstep.core.layout import Layout
 from keepstep.core.states import JobState
 from keepstep.decide.decide import decide
 from keepstep.decide.plan import Place
+from keepstep.decide.restore import memory_point, protected_step
 from keepstep.decide.view import JobView, View
 from keepstep.spec import from_dict
 from keepstep.store.rows import AttemptRow, Job
@@ -32,6 +33,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
     )
     layout = layout_of(row) if row else spec.parallelism
     entry = control.book.entries.get(job.id)
+    seen = max(newest, entry.progress.step) if entry else newest  # plain scripts tell no figures
     steps = spec.run.steps if isinstance(spec.run, LlamaRun) else None
     failures = entry.failures(control.clock.wall()) if entry else ()
     window = spec.recovery.restarts.per_s
@@ -59,7 +61,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
         "attached": job.attached_node,
         "attempt": attempt_of(row) if row else None,
         "progress": {
-            "step": newest if newest >= 0 else None,
+            "step": seen if seen >= 0 else None,
             "steps": steps,
             "loss": point.loss if point else None,
             "grad_norm": point.grad_norm if point else None,
@@ -74,11 +76,31 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
     }
     if whole:
         incidents = await control.on_store(control.store.incidents, job=job.id, limit=1000)
+        told["memory"] = _memory(control, entry) if entry else None
         told["incidents"] = [i.id for i in incidents.items]
         told["spec"] = job.spec
         told["source"] = job.source
         told["checkpoint_dir"] = checkpoint_folder(spec, job.id) if spec.checkpoint.dir else None
     return told
+
+
+def _memory(control: Controller, entry: Entry) -> dict[str, Any] | None:
+    """What is in memory of a job: as listed within the last second."""
+    held = kept(entry.job.id, control.fleet)
+    if not held:
+        return None
+    shape, lineage = entry.spec.parallelism, entry.lineage()
+    whole = memory_point(lineage, held, shape).at
+    return {
+        "step": whole.step if whole else None,
+        "protected_step": protected_step(lineage, held, shape),
+        "bytes": sum(
+            status.memory_bytes
+            for member in control.fleet.members.values()
+            for status in member.snapshots
+            if status.job == entry.job.id
+        ),
+    }
 
 
 def attempt_of(row: AttemptRow) -> dict[str, Any]:
@@ -128,6 +150,7 @@ def _rank(
         "local_rank": rank.local_rank,
         "pid": rank.pid,
         "state": rank.state,
+        "process": rank.process,
         "exit_code": rank.exit_code,
         "signal": rank.signal,
         "step": rank.step,

@@ -123,6 +123,7 @@ def summary(job: Json) -> list[tuple[str, str]]:
         ("state", " ".join(filter(None, (str(job["state"]), _why(job))))),
         ("progress", "  ".join(filter(None, (step, loss, *speed)))),
         ("checkpoint", f"step {saved}" if saved is not None and saved >= 0 else ""),
+        ("memory", _memory(job.get("memory") or {})),
         ("layout", f"{layout_of(job)}  ({job.get('world_size')} ranks)"),
         ("attempt", " ".join(filter(None, (str(attempt.get("number", "")), rung, where)))),
         ("restarts", f"{restarts['used']} {allowed}used" if restarts.get("used") else ""),
@@ -130,6 +131,15 @@ def summary(job: Json) -> list[tuple[str, str]]:
         ("exit code", "" if job.get("exit_code") is None else str(job["exit_code"])),
         ("age", age_of(job)),
     ]
+
+
+def _memory(memory: Json) -> str:
+    """step 61, protected up to step 60 (46.1 MB)"""
+    if memory.get("step") is None:
+        return ""
+    safe = memory["protected_step"]
+    protected = f"protected up to step {safe}" if safe >= 0 else "not protected against the loss of a node"
+    return f"step {memory['step']}, {protected} ({memory['bytes'] / 1e6:.1f} MB)"
 
 
 def _why(job: Json) -> str:

@@ -43,6 +43,13 @@ class Progress:
     paces: Paces = field(default_factory=Paces)
     losses: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=128))  # by step
     learnt_at: float = -1.0  # observed time at which they were last added up
+    snapshots: dict[int, int] = field(default_factory=dict)  # rank -> its newest step in memory
+
+    @property
+    def snapshot_step(self) -> int:
+        """The newest step that all ranks have in memory, as far as they have said."""
+        complete = len(self.snapshots) == len(self.by_rank)
+        return min(self.snapshots.values(), default=-1) if complete else -1
 
 
 @dataclass(slots=True)

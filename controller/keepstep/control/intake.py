@@ -77,6 +77,7 @@ def _follow(entry: Entry, fleet: Fleet, ranks: Iterable[wire.RankStatus]) -> boo
             progress.counted_at = fleet.time.now
         progress.by_rank[rank.rank] = (max(rank.step, before[0]), rank.counter)
         progress.stall_s = max(progress.stall_s, rank.stall_s)
+        progress.snapshots[rank.rank] = rank.snapshot_step
         progress.checkpoint_step = max(progress.checkpoint_step, rank.checkpoint_step)
     if moved:
         if progress.stepped:

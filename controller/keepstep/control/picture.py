@@ -53,7 +53,7 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         asked=entry.asking(fleet.time),
         attached=job.attached_node,
         incident=incident.id if incident else None,
-        kept=() if row is not None else _kept(job.id, fleet),
+        kept=() if row is not None else kept(job.id, fleet),
         checkpoint_step=entry.progress.checkpoint_step,
         ended=entry.ended(),
         usual=entry.usual,
@@ -65,7 +65,7 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
     )
 
 
-def _kept(job: JobId, fleet: Fleet) -> tuple[Kept, ...]:
+def kept(job: JobId, fleet: Fleet) -> tuple[Kept, ...]:
     """What nodes that answer hold of a job in memory."""
     return tuple(
         Kept(
@@ -97,6 +97,7 @@ def _attempt(entry: Entry, row: AttemptRow, fleet: Fleet) -> AttemptView:
         progress_age_s=None if progress.counted_at is None else fleet.time.age(progress.counted_at),
         step_every_s=max(progress.step_every, default=0.0),
         checkpoint_step=progress.checkpoint_step,
+        snapshot_step=progress.snapshot_step,
         master=(row.master["address"], row.master["port"]) if row.master else None,
     )
 

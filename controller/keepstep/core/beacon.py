@@ -28,6 +28,7 @@ _RECORD = struct.Struct("<QqQIIQQQQqqqQQQQ16sQQ")
 _RECORDS = (64, 256)
 _TABLE, _ROWS, _ROW = 448, 12, 96
 _SEEN = struct.Struct("<QQQQ")  # completed, sum, waited, longest; then the bins
+_SEEN_HALVES = _SEEN.size // 2
 BINS = 32
 _POINT = struct.Struct("<QQdddddQ")
 _RING, _RING_SIZE = 1600, 39
@@ -128,8 +129,8 @@ class BeaconWriter:
         self._sequence = before.sequence if before else 0
         self.now = before or Record()
         _HEAD.pack_into(page, 0, MAGIC, VERSION, os.getpid(), rank, world_size)
-        self._table = [list(_SEEN.unpack_from(page, _TABLE + row * _ROW)) for row in range(_ROWS)]
-        self._bins = memoryview(page)[_TABLE : _TABLE + _ROWS * _ROW].cast("H")
+        table = memoryview(page)[_TABLE : _TABLE + _ROWS * _ROW]
+        self._sums, self._bins = table.cast("Q"), table.cast("H")
 
     def write(self, record: Record) -> None:
         """Publish a state; its sequence number is set here."""
@@ -204,14 +205,15 @@ class BeaconWriter:
         """A phase was completed after `ns`, `waited_ns` of them spent waiting for other ranks."""
         if phase >= _ROWS:
             return
-        row = self._table[phase]
-        row[0] += 1
-        row[1] += ns
-        row[2] += waited_ns
-        row[3] = max(row[3], ns)
-        _SEEN.pack_into(self._page, _TABLE + phase * _ROW, *row)
-        bins, first = self._bins, (phase * _ROW + _SEEN.size) // 2
-        k = first + bin_of(ns)
+        sums, at = self._sums, phase * (_ROW // 8)  # in place: what a rank does thousands of times a second
+        sums[at] += 1
+        sums[at + 1] += ns
+        if waited_ns:
+            sums[at + 2] += waited_ns
+        if ns > sums[at + 3]:  # noqa: PLR1730 - `max` takes twice the time
+            sums[at + 3] = ns
+        bins, first = self._bins, phase * (_ROW // 2) + _SEEN_HALVES
+        k = first + (bin_of(ns) if ns >> 20 else 0)
         if bins[k] == 0xFFFF:  # older durations count less, so a drift is followed
             for each in range(first, first + BINS):
                 bins[each] >>= 1

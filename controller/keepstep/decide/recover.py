@@ -215,6 +215,8 @@ def _moment(job: JobView, attempt: AttemptView, waited_s: float, policy: Policy)
     """A moment at which little would be done again, or None while such a one may still come."""
     if not keeps_checkpoints(job):
         return "its script restores itself"
+    if 0 <= attempt.step <= attempt.snapshot_step + 1:
+        return f"step {attempt.snapshot_step} is in memory"
     behind = attempt.step - attempt.checkpoint_step
     seconds = behind * attempt.step_every_s
     cheap = behind <= 1 or 0 < seconds <= policy.silent_after_s

@@ -74,6 +74,16 @@ def restore_point(lineage: Sequence[Link], stored: Iterable[Stored]) -> RestoreP
     return RestorePoint(at=None, reason="; ".join([nothing, *left_out[:3]]))
 
 
+def protected_step(lineage: Sequence[Link], kept: Sequence[Kept], shape: Layout) -> int:
+    """The newest step that is whole in memory whichever one node is lost; -1: none is.
+
+    Counted from what nodes say that they hold, so a loss shows until what was lost is copied again.
+    """
+    nodes = {one.node for one in kept}
+    points = [memory_point(lineage, [one for one in kept if one.node != lost], shape).at for lost in nodes]
+    return min((int(at.step) if at is not None else -1 for at in points), default=-1)
+
+
 def memory_point(lineage: Sequence[Link], kept: Iterable[Kept], shape: Layout) -> RestorePoint:
     """The newest state on the chain that is whole in memory; says what newer ones lack.
 

@@ -185,6 +185,7 @@ class AttemptView:
     progress_age_s: float | None = None  # since any counter of a reachable rank moved; None: nobody counts
     step_every_s: float = 0.0  # how long a step usually takes (the longest of the last few); 0: not known yet
     checkpoint_step: int = -1  # the newest complete checkpoint it reported
+    snapshot_step: int = -1  # the newest state that all its ranks have in memory
 
     @property
     def nodes(self) -> tuple[Node, ...]:

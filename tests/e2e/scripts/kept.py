@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from keepstep.session import current
-from keepstep.session.snapshot import Snapshots
 
 steps, kill_at = int(sys.argv[1]), int(sys.argv[2])
 torch.manual_seed(0)
@@ -17,7 +16,8 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = DistributedDataParallel(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1)))
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-session, snapshots = current(), Snapshots()
+session = current()
+snapshots = session.snapshots()
 start = 0
 if (found := snapshots.restore()) is not None:
     start, state = found

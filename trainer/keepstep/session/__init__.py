@@ -1,4 +1,7 @@
-"""The rank's side of keepstep: progress that the agent reads. Standard library only."""
+"""The rank's side of keepstep: progress that the agent reads, and states that stay in memory.
+
+Standard library only, but for keepstep.session.snapshot, which keeps a script's tensors.
+"""
 
 from keepstep.core.beacon import Phase
 from keepstep.session.progress import Session, current

@@ -28,8 +28,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Point, Trouble, writer_of
+
+if TYPE_CHECKING:
+    from keepstep.session.snapshot import Snapshots
 
 _MEMFD = "keepstep-beacon"  # the name that the shim gives its pages
 _NAN = math.nan
@@ -45,6 +49,7 @@ class Session:
     def __init__(self, page: mmap.mmap, *, rank: int, world_size: int, attached: bool) -> None:
         self.rank, self.world_size, self.attached = rank, world_size, attached
         self._writer = BeaconWriter(page, rank=rank, world_size=world_size)
+        self._put, self._passed = self._writer.put, self._writer.passed
         now = self._writer.now
         self._step, self._step_ns = now.step, now.step_ns
         self._micro_batch, self._peer = 0, -1
@@ -68,7 +73,7 @@ class Session:
     def _leave_phase(self, now: int) -> None:
         if self._waiting_ns:
             self._end_wait(now)
-        self._writer.passed(self._phase, now - self._phase_ns, self._waited_ns)
+        self._passed(self._phase, now - self._phase_ns, self._waited_ns)
         self._waited_ns = 0
 
     def wait(self, group: str = "", sequence: int = 0, peer: int = -1) -> None:
@@ -158,6 +163,12 @@ class Session:
         self._snapshot_step = step
         self._publish()
 
+    def snapshots(self) -> "Snapshots":
+        """What keeps this script's state in memory; needs torch."""
+        from keepstep.session.snapshot import Snapshots
+
+        return Snapshots(self)
+
     def stalled(self, ns: int) -> None:
         """Training stood still for `ns` nanoseconds because of a checkpoint."""
         self._stall_ns += ns
@@ -169,7 +180,7 @@ class Session:
         self._publish()
 
     def _publish(self) -> None:
-        self._writer.put(
+        self._put(
             self._step, self._micro_batch, self._phase, self._phase_ns, self._step_ns, self._launched,
             self._completed, self._checkpoint_step, self._snapshot_step, self._peer, self._stall_ns,
             self._wait_ns, self._waiting_ns, self._batches, self._group, self._group_sequence, self._trouble,

@@ -1,8 +1,8 @@
 """Snapshots in memory for any script, in a few lines:
 
-    from keepstep.session.snapshot import Snapshots
+    from keepstep.session import current
 
-    snapshots = Snapshots()
+    snapshots = current().snapshots()
     first = 0
     if (found := snapshots.restore()) is not None:
         first, state = found
@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from keepstep.core.snapshots import Shape, Stamp
 from keepstep.session.carrier import FOLDER, Carrier
-from keepstep.session.progress import Session, current
+from keepstep.session.progress import Session
 from keepstep.session.slots import NEVER, Says, Slots
 from keepstep.session.tree import Packed, unpack
 
@@ -34,8 +34,8 @@ _DESCRIPTION_BYTES = 1 << 16  # at least: values of a state may grow
 
 
 class Snapshots:
-    def __init__(self, session: Session | None = None) -> None:
-        self._session = session or current()
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._on = bool(os.environ.get(FOLDER)) and self._session.attached
         self._attempt = _attempt()
         self._slots: Slots | None = None

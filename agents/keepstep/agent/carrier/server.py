@@ -148,9 +148,9 @@ class Server:
                 pass
             case other:
                 raise NotFound(f"unknown request {other!r}")
-        port = self._tcp.getsockname()[1]
+        host, port = self._tcp.getsockname()[:2]
         return {
-            "pid": os.getpid(), "port": port, "memory_bytes": self.book.memory_bytes,
+            "pid": os.getpid(), "address": [host, port], "memory_bytes": self.book.memory_bytes,
             "held": self.book.listed(),
         }, ()  # fmt: skip
 

@@ -76,29 +76,32 @@ class Streams:
     async def _serve(self, peer: socket.socket, buddy: str, address: tuple[str, int]) -> None:
         self._sent.clear()
         while self._peers.buddy == buddy and self._peers.addresses.get(buddy) == address:
-            again = False
-            for key, memory in list(self._book.own.items()):
-                again = not await self._bring_up(peer, key, memory) or again
+            again = not await self._bring_up(peer)
             self._lost_at = None
             await self._wait(_AGAIN_S if again else None)
 
-    async def _bring_up(self, peer: socket.socket, key: Key, memory: Memory) -> bool:
-        """Send what the buddy lacks of one rank. False: it has no room just now."""
-        if key not in self._sent:
-            await self._ask_what_is_there(peer, key, memory)
-        at, number = max((at or Stamp(0, -1), number) for number, at in enumerate(memory.stamps))
-        if at.attempt != self._book.attempt or at <= self._sent[key]:
-            return True
-        async with asyncio.timeout(_QUIET_S + memory.shape.payload_max / 1e7):
-            await frames.send_slot(peer, memory, number, do="put", sealed=memory.sealed)
-            answer = await frames.receive(peer)
-        if answer.get("full"):
-            return False
-        if not answer.get("ok"):
-            raise Refused("the buddy refused a snapshot", why=str(answer.get("error")))
-        self._sent[key] = at
-        memory.acknowledge(at)
-        return True
+    async def _bring_up(self, peer: socket.socket) -> bool:
+        """Send what the buddy lacks, then hear of all of it. False: it has no room just now."""
+        sent: list[tuple[Key, Memory, Stamp]] = []
+        for key, memory in list(self._book.own.items()):
+            if key not in self._sent:
+                await self._ask_what_is_there(peer, key, memory)
+            at, number = max((at or Stamp(0, -1), number) for number, at in enumerate(memory.stamps))
+            if at.attempt == self._book.attempt and at > self._sent[key]:
+                async with asyncio.timeout(_patience_s(memory)):
+                    await frames.send_slot(peer, memory, number, do="put", sealed=memory.sealed)
+                sent.append((key, memory, at))
+        room = True
+        for key, memory, at in sent:
+            async with asyncio.timeout(_patience_s(memory)):
+                answer = await frames.receive(peer)
+            if answer.get("ok"):
+                self._sent[key] = at
+                memory.acknowledge(at)
+            elif not answer.get("full"):
+                raise Refused("the buddy refused a snapshot", why=str(answer.get("error")))
+            room = room and bool(answer.get("ok"))
+        return room
 
     async def _ask_what_is_there(self, peer: socket.socket, key: Key, memory: Memory) -> None:
         async with asyncio.timeout(_QUIET_S):
@@ -153,7 +156,7 @@ class Streams:
                 raise NotFound(str(frame["error"]), where=f"node {node}")
             memory = self._book.made(self._book.own, frames.shape_of(frame))
             memory.stamp([None] * len(memory.stamps))
-            async with asyncio.timeout(_QUIET_S + memory.shape.payload_max / 1e7):
+            async with asyncio.timeout(_patience_s(memory)):
                 await frames.receive_slot(peer, frame, memory, 0)
 
     async def _connect(self, address: tuple[str, int]) -> socket.socket:
@@ -230,6 +233,11 @@ async def _take(peer: socket.socket, frame: dict[str, Any], book: Book) -> dict[
     if number is None:
         await frames.skip(peer, frame)
     else:
-        async with asyncio.timeout(_QUIET_S + memory.shape.payload_max / 1e7):
+        async with asyncio.timeout(_patience_s(memory)):
             await frames.receive_slot(peer, frame, memory, number)
     return {"ok": True}
+
+
+def _patience_s(memory: Memory) -> float:
+    """For one slot, over a network that is worth having."""
+    return _QUIET_S + memory.shape.payload_max / 1e7

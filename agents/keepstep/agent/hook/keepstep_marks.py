@@ -91,9 +91,10 @@ class Marks:
         self._inside = False  # of a region
         self._depth = 0  # of optimizers that call each other
         self._steps = Steps()
-        self._fetched: weakref.ref[Any] | None = (
-            None  # the iterator whose batch came last, if it is new to us
-        )
+        # Steps of the job that were done before this process; None: no optimizer was seen so far.
+        self._before: int | None = None
+        # The iterator whose batch came last, as long as nothing is known of it.
+        self._fetched: weakref.ref[Any] | None = None
         self._publish()
 
     # ---------------------------------------------------------------- regions
@@ -150,6 +151,8 @@ class Marks:
                 self._depth += 1
                 return
             self._depth = 1
+            if self._before is None:
+                self._before = _updates(optimizer)
             if self._steps.fired(optimizer):
                 self._step_done(time.monotonic_ns())
             if not self._inside:
@@ -187,7 +190,8 @@ class Marks:
         return frame is not None
 
     def _step_done(self, now: int) -> None:
-        self._step, self._step_ns, self._backwards = max(0, self._step) + 1, now, 0
+        done = self._before or 0 if self._step < 0 else self._step
+        self._step, self._step_ns, self._backwards = done + 1, now, 0
 
     # ---------------------------------------------------------------- the page
 
@@ -204,6 +208,13 @@ class Marks:
     def fail(self, error: Exception) -> None:
         self.active = False
         self._say(f"progress is not reported any more: {error!r}")
+
+
+def _updates(optimizer: Any) -> int:
+    """How many updates an optimizer remembers: the steps before a script went on from its own checkpoint."""
+    step = next((state.get("step") for state in optimizer.state.values()), None)
+    on_device = getattr(getattr(step, "device", None), "type", "cpu") != "cpu"  # to ask it would wait for it
+    return 0 if step is None or on_device else int(step)
 
 
 def _region(marks: Marks, phase: int, inner: Callable[..., Any]) -> Callable[..., Any]:

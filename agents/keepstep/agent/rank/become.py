@@ -50,6 +50,7 @@ class Loaded:
     changes: dict[str, str]  # what start-up and imports have set in os.environ since
     modules: frozenset[str]  # top-level names
     reads: frozenset[str] = frozenset()  # variables that the imports looked at
+    context: bool = False  # it has a CUDA context
     given: dict[str, str] = field(default_factory=dict)  # what was set for the imports, as the script does
 
 
@@ -225,7 +226,8 @@ def _ours(filename: str) -> bool:
 def _differing(wanted: dict[str, str], loaded: Loaded) -> Iterable[str]:
     had = loaded.env
     for name in wanted.keys() | had.keys():
-        if wanted.get(name) != had.get(name) and not of_a_rank(name) and _read_early(name, loaded.reads):
+        early = _read_early(name, loaded.reads) or (loaded.context and name.startswith("CUDA_"))
+        if wanted.get(name) != had.get(name) and not of_a_rank(name) and early:
             yield name
 
 

@@ -1,7 +1,8 @@
-"""The three programs of this folder, and how each leaves its starter.
+"""The four programs of this folder, and how each leaves its starter.
 
 shim DIR             one attempt's ranks, cold: detached, prints its pid
 standby DIR          the standby server: detached, prints its pid
+ahead FD DIR K       a process that waits to become a rank; -1: to become the store
 store FD READY HOST  the rendezvous store on a listening socket that was bound beforehand
 """
 
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import rendezvous, shim, standby, turn
+from . import ahead, rendezvous, shim, standby, turn
 from .protocol import LOG
 from .spawn import redirect
 
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> None:
         case ["standby", folder]:
             directory = Path(folder)
             _detached(directory / standby.LOG, lambda: standby.main(directory))
+        case ["ahead", descriptor, folder, k]:
+            turn.run(lambda: ahead.wait(int(descriptor), Path(folder), int(k), standby.load))
         case ["store", listener, ready, host]:
             rendezvous.serve(int(listener), int(ready), host)
         case _:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import become, spawn
+from . import ahead, become, spawn
 from .learn import LEARNT
 from .logs import Output, RotatedLog
 from .protocol import BEACON_PAGE, MARKER, LaunchFile, RankLaunch, RankState
@@ -62,12 +62,13 @@ class Gang:
         loaded: become.Loaded | None,
         cgroup: Path | None,
         let_go: Callable[[], None],
+        crew: ahead.Crew | None = None,
     ) -> None:
         """Fork every rank. `added`: where the store is. `let_go`: closes the shim's own in the child."""
         rotate = self._launch.rotate
         sys.stdout.flush()
         sys.stderr.flush()
-        for member in self._members:
+        for k, member in enumerate(self._members):
             pipe, end = os.pipe()
             env = {
                 **self._launch.env,
@@ -80,7 +81,7 @@ class Gang:
             around = spawn.Surroundings(
                 env=env, output=end, keep=(member.beacon,), cgroup=cgroup, account=account
             )
-            pid, member.held = spawn.rank(self._launch, around, loaded, let_go)
+            pid, member.held = self._rank(k, around, loaded, let_go, crew)
             os.close(end)
             log = RotatedLog(
                 self._directory / f"rank-{member.launch.rank}.log",
@@ -89,6 +90,21 @@ class Gang:
             )
             member.output = Output(pipe, log)
             member.state = replace(member.state, pid=pid, state="running")
+
+    def _rank(
+        self,
+        k: int,
+        around: spawn.Surroundings,
+        loaded: become.Loaded | None,
+        let_go: Callable[[], None],
+        crew: ahead.Crew | None,
+    ) -> tuple[int, int]:
+        if crew is None:
+            return spawn.rank(self._launch, around, loaded, let_go)
+        try:
+            return crew.rank(k, self._launch, around)
+        except OSError:  # it ended while it waited: this rank is only slower
+            return spawn.rank(self._launch, around, None, let_go)
 
     def exited(self, pid: int, status: int, at_ns: int) -> bool:
         """A child was reaped; whether it was a rank."""

@@ -40,7 +40,8 @@ class Wanted:
     learnt: tuple[str, ...] = ()
     tried: bool = False  # the learnt ones have been found fit before
     given: Mapping[str, str] = field(default_factory=dict)
-    context: bool = False  # create the CUDA context, where there is a device (never in what is forked from)
+    ranks: int = 0  # so many processes are started ahead, instead of one that is forked from
+    context: bool = False  # of those: each creates its CUDA context
 
     @classmethod
     def read(cls, directory: Path) -> "Wanted":
@@ -111,14 +112,14 @@ def load(wanted: Wanted) -> Outcome:
                 if not name.endswith("?"):
                     raise
                 missing.append(f"{name.removesuffix('?')}: {error}")
-        check()
+        check(forked=not wanted.ranks)
         unfit = {} if wanted.tried else _try(wanted.learnt)
         for name in _without(wanted.learnt, unfit):
             try:
                 importlib.import_module(name)
             except Exception as error:  # noqa: BLE001 - outermost of a strange module, which is left out
                 missing.append(f"{name}: {error}")
-    check()
+    check(forked=not wanted.ranks)
     asked = (*(name.removesuffix("?") for name in wanted.modules), *wanted.learnt)
     return Outcome(
         loaded=tuple(name for name in asked if name in sys.modules), missing=tuple(missing), unfit=unfit,
@@ -126,15 +127,16 @@ def load(wanted: Wanted) -> Outcome:
     )  # fmt: skip
 
 
-def check(allowed_threads: int = 1, *, cuda: bool = False) -> None:
-    if (count := processes.threads()) > allowed_threads:
+def check(*, forked: bool) -> None:
+    """`forked`: ranks will be forked from this process."""
+    if (count := processes.threads()) > 1 and forked:
         raise Unfit(f"{count} threads after the imports: a fork would lose {count - 1}")
     if Path(f"/proc/self/task/{os.getpid()}/children").read_text().strip():
         raise Unfit("the imports started a process")
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise Unfit("the imports initialised a process group")
-    if torch is not None and not cuda and torch.cuda.is_initialized():
+    if torch is not None and forked and torch.cuda.is_initialized():
         raise Unfit("the imports initialised CUDA")
 
 
@@ -191,9 +193,11 @@ def _try(learnt: tuple[str, ...]) -> dict[str, str]:
 
 def _trial(names: tuple[str, ...]) -> dict[str, str]:
     answer, told = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
-        processes.die_with(os.getppid())
+        processes.die_with(parent)
+        os.setpgid(0, 0)  # what the modules start is ended with it
         try:
             _told(names, lambda word: os.write(told, json.dumps(word).encode() + b"\n"))
         finally:
@@ -205,8 +209,8 @@ def _trial(names: tuple[str, ...]) -> dict[str, str]:
         if not data:
             break
         said += data
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it never came so far
+        os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(answer)
     words = [json.loads(line) for line in said.splitlines() if line.endswith(b"}")]
@@ -229,7 +233,7 @@ def _told(names: tuple[str, ...], tell: Callable[[dict[str, Any]], object]) -> N
             tell({"began": name})
             try:
                 importlib.import_module(name)
-            except BaseException as error:  # noqa: BLE001 - whatever somebody else's module raises
+            except BaseException as error:  # noqa: BLE001 - outermost of a strange module
                 tell({"unfit": [_top(name)], "why": f"{name} cannot be imported: {error}"})
             for variable, importers in reads.of_a_rank:
                 tell(

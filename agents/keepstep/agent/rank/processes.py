@@ -110,6 +110,15 @@ def threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+def pss_bytes(pid: int) -> int:
+    """Its share of the memory it uses; 0 for what is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose parent ends, whatever session they are in."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -29,8 +29,14 @@ class Store:
         self.listens = False
         self.note = ""
 
-    def start(self, *, forked: bool, main: str, let_go: Callable[[], None]) -> None:
-        """Bind, and start the process: forked from a loaded one, else by the job's interpreter."""
+    def start(
+        self, *, forked: bool, main: str, let_go: Callable[[], None],
+        waiting: Callable[[int, int, str], tuple[int, int]] | None,
+    ) -> None:  # fmt: skip
+        """Bind, and start the process: forked from a loaded one, else by the job's interpreter.
+
+        `waiting`: lets a process that was started ahead become it.
+        """
         launch, host = self._launch, self._launch.bind_address
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.bind((host, 0))
@@ -53,7 +59,10 @@ class Store:
             words = (*launch.interpreter, main, "store", str(listening), str(told), host)
             spawn.execute(words, {**launch.env, MARKER: launch.marker})
 
-        self.pid, self._held = spawn.fork(child)
+        if waiting is not None:
+            self.pid, self._held = waiting(listening, told, host)
+        else:
+            self.pid, self._held = spawn.fork(child)
         os.close(told)
         listener.close()
 

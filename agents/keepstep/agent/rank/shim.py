@@ -15,10 +15,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import become, lines, processes
+from . import ahead, become, lines, processes
 from .gang import Gang
 from .kill import Purge
 from .marker import entitle, marked
@@ -40,7 +41,8 @@ _FAREWELL_S = 2.0  # for the last push to be taken
 _MAIN = str(Path(__file__).with_name("__main__.py"))
 
 
-def main(directory: Path, loaded: become.Loaded | None) -> None:
+def main(directory: Path, loaded: become.Loaded | None, crew: ahead.Crew | None = None) -> None:
+    """`loaded`: ranks are forked from this process, or `crew` has processes that wait to become them."""
     mine = directory / f"{LAUNCH}.taken"
     (directory / LAUNCH).rename(
         mine
@@ -50,17 +52,22 @@ def main(directory: Path, loaded: become.Loaded | None) -> None:
     processes.adopt_orphans()
     if loaded is not None:
         entitle([*launch.interpreter[:1], "keepstep-shim", launch.marker])
-    Shim(directory, launch, loaded).run()
+    Shim(directory, launch, loaded, crew).run()
     sys.stdout.flush()
     os._exit(0)  # the teardown of what a standby server had loaded would cost seconds, and be for nothing
 
 
 class Shim:
-    def __init__(self, directory: Path, launch: LaunchFile, loaded: become.Loaded | None) -> None:
+    def __init__(
+        self, directory: Path, launch: LaunchFile, loaded: become.Loaded | None, crew: ahead.Crew | None
+    ) -> None:
         self._directory, self._launch = directory, launch
         self._note = become.why_cold(launch, loaded) if loaded else ""
+        self._note = self._note or (crew.why_too_few(launch) if crew else "")
         self._loaded = None if self._note else loaded
-        self._forkable = loaded is not None
+        self._forkable, self._crew = loaded is not None, crew
+        if crew is not None:
+            crew.dismiss(0 if self._note else len(launch.ranks))
         self._phase = "preparing"
         self._alive = 0
         self._gang = Gang(directory, launch)
@@ -79,7 +86,10 @@ class Shim:
 
     def run(self) -> None:
         if self._launch.store:
-            self._store.start(forked=self._forkable, main=_MAIN, let_go=self._let_go)
+            self._store.start(
+                forked=self._forkable, main=_MAIN, let_go=self._let_go,
+                waiting=partial(self._crew.serve, self._launch) if self._crew is not None else None,
+            )  # fmt: skip
         if self._store.ready is not None:
             self._selector.register(self._store.ready, selectors.EVENT_READ, self._settle)
         else:
@@ -118,6 +128,8 @@ class Shim:
         self._selector.close()
         for end in (self._wake, self._waker, self._listener, *(peer.socket for peer in self._peers)):
             end.close()
+        if self._crew is not None:
+            self._crew.let_go()
 
     def _reap(self, *_: object) -> None:
         """Runs as soon as the interpreter can, so that the order of exits is kept."""
@@ -235,7 +247,10 @@ class Shim:
         added = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         if store is not None:
             added["TORCHELASTIC_USE_AGENT_STORE"] = str(store)
-        self._gang.start(added=added, loaded=self._loaded, cgroup=self._cgroup, let_go=self._let_go)
+        crew = self._crew if self._loaded is not None else None
+        self._gang.start(
+            added=added, loaded=self._loaded, cgroup=self._cgroup, let_go=self._let_go, crew=crew
+        )
         for output in self._gang.outputs:
             self._selector.register(output.pipe, selectors.EVENT_READ, _pump(self._selector, output))
         self._alive = len(self._gang.states)

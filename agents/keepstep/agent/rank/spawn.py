@@ -60,19 +60,8 @@ def rank(
     """Start one rank; its pid and a pidfd. `let_go` closes, in the child, what belongs to the shim."""
 
     def child() -> None:
-        os.setpgid(0, 0)  # a script's `kill 0` stops at its own rank
         let_go()
-        descriptors(around.output, around.keep)
-        if around.cgroup:
-            (around.cgroup / "cgroup.procs").write_text("0")
-        os.chdir(launch.cwd)
-        if launch.umask is not None:
-            os.umask(launch.umask)
-        _limit(launch.limits)
-        env = {
-            **around.env,
-            "KEEPSTEP_RANK_PID": str(os.getpid()),
-        }  # its children can tell that they are not it
+        env = arrive(around, cwd=launch.cwd, umask=launch.umask, limits=launch.limits)
         if loaded is not None:
             script = become.Script(
                 argv=launch.argv, interpreter=launch.interpreter, env=env, account=around.account
@@ -81,6 +70,19 @@ def rank(
         execute((*launch.interpreter, *launch.argv) if launch.python else launch.argv, env)
 
     return fork(child)
+
+
+def arrive(around: Surroundings, *, cwd: str, umask: int | None, limits: dict[str, int]) -> dict[str, str]:
+    """In the rank's process: what a rank finds, but for the interpreter; the environment it is to have."""
+    os.setpgid(0, 0)  # a script's `kill 0` stops at its own rank
+    descriptors(around.output, around.keep)
+    if around.cgroup:
+        (around.cgroup / "cgroup.procs").write_text("0")
+    os.chdir(cwd)
+    if umask is not None:
+        os.umask(umask)
+    _limit(limits)
+    return {**around.env, "KEEPSTEP_RANK_PID": str(os.getpid())}  # its children can tell that they are not it
 
 
 def execute(command: Sequence[str], env: dict[str, str]) -> NoReturn:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import lines, preload, processes, shim
+from . import ahead, lines, preload, processes, shim
 from .become import Loaded
 from .marker import PLACEHOLDER, overwrite
 from .protocol import LOG as SHIM_LOG
@@ -41,10 +41,15 @@ def main(directory: Path) -> None:
     state: dict[str, Any] = {"pid": me.pid, "start_ticks": me.start_ticks, "state": "loading", "why": ""}
     write_atomically(directory / STATE, state)
     try:
-        loaded, outcome = load(preload.Wanted.read(directory))
-        gc.collect()
-        gc.freeze()
-        server = Server(directory, loaded, outcome, lock)
+        wanted = preload.Wanted.read(directory)
+        if wanted.ranks:
+            crew = ahead.gather(directory, wanted, _interpreter())
+            server = Server(directory, crew.loaded, crew.outcome, lock, crew)
+        else:
+            loaded, outcome = load(wanted)
+            gc.collect()
+            gc.freeze()
+            server = Server(directory, loaded, outcome, lock)
     except (preload.Unfit, ImportError) as error:
         write_atomically(directory / STATE, state | {"state": "failed", "why": str(error)})
         raise SystemExit(f"unfit to fork ranks: {error}") from error
@@ -64,6 +69,7 @@ def load(wanted: preload.Wanted) -> tuple[Loaded, preload.Outcome]:
         modules=frozenset(name.partition(".")[0] for name in sys.modules),
         reads=outcome.reads,
         given=dict(wanted.given),
+        context=wanted.context,
     )
     return loaded, outcome
 
@@ -75,8 +81,16 @@ def _interpreter() -> tuple[str, ...]:
 
 
 class Server:
-    def __init__(self, directory: Path, loaded: Loaded, outcome: preload.Outcome, lock: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        loaded: Loaded,
+        outcome: preload.Outcome,
+        lock: int,
+        crew: ahead.Crew | None = None,
+    ) -> None:
         self._directory, self._loaded, self._outcome, self._lock = directory, loaded, outcome, lock
+        self._crew = crew
         self._peers: list[lines.Peer] = []
         self._shims: set[int] = set()  # pidfds
         self._stopped = False
@@ -114,8 +128,12 @@ class Server:
         for request in peer.read():
             match request.get("do"):
                 case "hello":
-                    peer.send({"hello": hello(self._outcome)})
+                    crew = self._crew
+                    pss = crew.pss_bytes if crew is not None else processes.pss_bytes(os.getpid())
+                    peer.send({"hello": {"pss_bytes": pss, **hello(self._outcome)}})
                 case "fork":
+                    if self._crew is not None:
+                        self._turn_into_shim(Path(request["dir"]), request["marker"], peer, self._crew)
                     peer.send(self._fork(Path(request["dir"]), request["marker"]))
                 case "stop":
                     peer.send({"stopped": True})
@@ -164,6 +182,21 @@ class Server:
         loaded = self._loaded
         raise Turn(lambda: shim.main(directory, loaded))
 
+    def _turn_into_shim(self, directory: Path, marker: str, peer: lines.Peer, crew: ahead.Crew) -> None:
+        """What waits stays this process's. It is no server from now on, and another may have the folder."""
+        for name in (STATE, SOCKET):
+            (self._directory / name).unlink(missing_ok=True)
+        os.close(self._lock)
+        if not overwrite(marker):
+            peer.send({"error": f"the marker {marker} has no room in {len(PLACEHOLDER)} bytes"})
+            os._exit(1)
+        peer.send({"forked": os.getpid(), "spent": True})
+        self._selector.close()
+        for end in (self._listener, *(other.socket for other in self._peers)):
+            end.close()
+        redirect(directory / SHIM_LOG)
+        raise Turn(lambda: shim.main(directory, crew.loaded, crew))
+
     def _forget(self, held: int) -> None:
         self._selector.unregister(held)
         self._shims.discard(held)
@@ -173,14 +206,7 @@ class Server:
 def hello(outcome: preload.Outcome) -> dict[str, Any]:
     """What an agent is told when it asks: also whether what was loaded is still what is on the disk."""
     return {
-        "pid": os.getpid(), "pss_bytes": _pss_bytes(), "loaded": outcome.loaded, "missing": outcome.missing,
+        "pid": os.getpid(), "loaded": outcome.loaded, "missing": outcome.missing,
         "unfit": dict(outcome.unfit), "reads": sorted(outcome.reads), "load_s": outcome.load_s,
         "changed": preload.changed(outcome.files),
     }  # fmt: skip
-
-
-def _pss_bytes() -> int:
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) << 10
-    return 0

@@ -1,0 +1,57 @@
+"""Scripts for other people's trainers run as they are, and go on from their own checkpoints after a kill."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import Cluster
+
+pytest.importorskip("lightning", reason="make .venv/.peers installs them")
+pytestmark = pytest.mark.slow
+SCRIPTS = Path(__file__).parent / "scripts"
+# steps, what its script is told, a checkpoint to wait for, and what is learnt to load ahead
+PEERS = {
+    "hf_trainer": (150, "--out", "checkpoint-20/trainer_state.json", "transformers.trainer"),
+    "lightning_trainer": (2000, "--out", "last.ckpt", "torchmetrics"),
+    "accelerate_loop": (1000, "--out", "step-000020", "accelerate"),
+    "ddp": (4000, "--checkpoint", "", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("peers") / "home", nodes=1, slots=2)
+    yield cluster
+    cluster.close()
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_script_goes_on_from_its_own_checkpoint(cluster: Cluster, tmp_path: Path, peer: str) -> None:
+    steps, option, checkpoint, ahead = PEERS[peer]
+    saved = tmp_path / "saved"
+    job = cluster.submit(f"""
+name: {peer.replace("_", "-")}
+resources: {{nodes: 1, gpus_per_node: 2}}
+parallelism: {{dp: 2}}
+run:
+  command: [{sys.executable}, {SCRIPTS / peer}.py, --steps, "{steps}", {option}, {saved}]
+  workdir: {tmp_path}
+  ship: none
+""")
+    cluster.wait(job, lambda _: (saved / checkpoint).exists())
+    cluster.kill_rank(job, 1)
+    told = cluster.wait_state(job, "succeeded", "failed")
+    assert told["state"] == "succeeded", cluster.story(job)
+    assert told["attempt"]["number"] == 2
+    [node] = cluster.home.nodes.iterdir()
+    log = (node / "jobs" / job / "2" / "rank-0.log").read_text()
+    began, done = re.findall(r"(?:began|started) at (\d+), done at (\d+)", log)[-1]
+    assert 0 < int(began) < steps
+    assert int(done) == steps
+    assert all(rank["warm"] for rank in cluster.ranks(job).values()), cluster.story(job)
+    known = [json.loads(path.read_bytes()) for path in node.glob("learnt/*.json")]
+    assert not ahead or any(ahead in record["modules"] for record in known)
