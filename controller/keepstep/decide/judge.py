@@ -60,12 +60,12 @@ def judge(
     """`returned`: agents had their time to come back after this controller's start."""
     return (
         _refused(attempt)
+        or lying(job, attempt)  # a rank that lies ends itself, and others fall over it
         or _crashed(attempt, nodes, policy)
         or _lost(attempt, nodes)
         or _vanished(attempt)
         or (_silent(job, attempt, nodes, policy) if returned else None)
         or _stalled(job, attempt, policy)
-        or lying(job, attempt)
         or hung(job, attempt, policy)
         or _exited_early(job, attempt)
     )

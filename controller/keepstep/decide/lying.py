@@ -1,6 +1,7 @@
 """Ranks whose numbers cannot be true: state that changed by itself, replicas that differ, a loss of NaN.
 
-A rank says so in its beacon (`core.beacon.Trouble`), with the step after which it was seen. What follows:
+A rank says so in its beacon (`core.beacon.Trouble`), with the step after which it was seen; the built-in
+trainer then ends itself, so that nothing more is made or stored of it. What follows:
 
     state or weights changed    the rank's memory lies: its node is to blame, and the state of that step and
                                 all later ones are good for nothing

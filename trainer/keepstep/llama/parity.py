@@ -32,7 +32,11 @@ class Parity:
             self._sealed = self._state.step, self._sums()
 
     def check(self) -> None:
-        """Just before the next one. What does not agree is told; the controller does the rest."""
+        """Just before the next one. Errors: RuntimeError where anything does not agree.
+
+        It is told in the beacon first, and no update is made of it: what follows from memory that lies, and
+        every checkpoint of it, would be worth nothing.
+        """
         if self._sealed is None:
             return
         step, before = self._sealed
@@ -42,9 +46,9 @@ class Parity:
         after = self._sums()
         owned, weights = (before == after).tolist()
         if not owned:
-            self._session.trouble(Trouble.STATE_CHANGED, step)
-        elif not weights:
-            self._session.trouble(Trouble.WEIGHTS_CHANGED, step)
+            self._stop(Trouble.STATE_CHANGED, step, "weights or moments changed since the update before")
+        if not weights:
+            self._stop(Trouble.WEIGHTS_CHANGED, step, "gathered weights changed since the update before")
         if self._groups.dp is not None:
             self._compare(after[1:], step)
 
@@ -55,7 +59,11 @@ class Parity:
         self._session.go_on()
         agreeing = int((every == mine).sum())
         if 2 * agreeing <= len(every) and agreeing < len(every):
-            self._session.trouble(Trouble.REPLICA_DIFFERS, step, unless=Trouble.WEIGHTS_CHANGED)
+            self._stop(Trouble.REPLICA_DIFFERS, step, "weights differ from those of other replicas")
+
+    def _stop(self, what: Trouble, step: int, text: str) -> None:
+        self._session.trouble(what, step)
+        raise RuntimeError(f"after step {step}: this rank's {text}; its memory cannot be trusted")
 
     def _sums(self) -> Tensor:
         """Of the owned state, and of the weights that were gathered from all owners."""

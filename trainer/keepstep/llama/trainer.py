@@ -105,7 +105,10 @@ class Trainer:
         return self._believed(update)
 
     def _believed(self, update: Update) -> Update:
-        """What is not finite made no update; it is told, unless one knows that its batch is the cause."""
+        """What is not finite made no update, and is told, unless one knows that its batch is the cause.
+
+        Errors: RuntimeError on all ranks alike where a controller can do something about it.
+        """
         if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
             return update
         step = self.state.step
@@ -114,6 +117,8 @@ class Trainer:
         if not bool(torch.isfinite(self.state.grads).all()):
             self.session.trouble(Trouble.NOT_FINITE_HERE, step)
         self.session.trouble(Trouble.NOT_FINITE, step)
+        if self.session.attached:
+            raise RuntimeError(f"step {step} gave a loss or gradient that is not finite; no update was made")
         return update
 
     def rates(self, elapsed_s: float) -> Rates:

@@ -142,10 +142,9 @@ class Session:
             )
         )
 
-    def trouble(self, what: Trouble, step: int, *, unless: Trouble = Trouble.NONE) -> None:
+    def trouble(self, what: Trouble, step: int) -> None:
         """Numbers that cannot be true, seen after `step` steps. Less grave than what is known: not told."""
-        known = self._trouble & 0xFF
-        if what > known and (unless is Trouble.NONE or known < unless):
+        if what > self._trouble & 0xFF:
             self._trouble = what | (step & 0xFFFFFF) << 8
             self._publish()
 
