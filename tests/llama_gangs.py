@@ -106,10 +106,10 @@ def whole_program(request: dict[str, Any]) -> dict[str, Any]:
     if rank == request.get("term_rank"):
         step = Trainer.step
 
-        def told_to_stop(trainer: Trainer, asks: Sequence[bool] = ()) -> Update:
+        def told_to_stop(trainer: Trainer, asks: Sequence[bool] = (), **more: Any) -> Update:
             if trainer.state.step == request["term_step"]:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(trainer, asks)
+            return step(trainer, asks, **more)
 
         Trainer.step = told_to_stop  # type: ignore[assignment]
     out, errors, before = io.StringIO(), io.StringIO(), set(sys.modules)
