@@ -289,6 +289,7 @@ def main() -> None:
     options.add_argument("--times", type=int, default=5)
     options.add_argument("--only", nargs="*", default=[])
     chosen = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended then, too
 
     def wanted(name: str) -> bool:
         return not chosen.only or name in chosen.only

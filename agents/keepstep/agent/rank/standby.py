@@ -29,6 +29,7 @@ from .turn import Turn
 LOG, SOCKET, LOCK, STATE = "standby.log", "standby.sock", "standby.lock", "standby.json"
 LONELY_S = 600.0
 _TICK_S = 10.0
+_WEIGH_EVERY_S = 60.0
 
 
 def main(directory: Path) -> None:
@@ -94,6 +95,7 @@ class Server:
         self._peers: list[lines.Peer] = []
         self._shims: set[int] = set()  # pidfds
         self._stopped = False
+        self._weighed: tuple[float, int] | None = None  # when, and its share of memory then
         self._selector = selectors.DefaultSelector()
         self._listener = lines.bind(directory / SOCKET)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -128,9 +130,7 @@ class Server:
         for request in peer.read():
             match request.get("do"):
                 case "hello":
-                    crew = self._crew
-                    pss = crew.pss_bytes if crew is not None else processes.pss_bytes(os.getpid())
-                    peer.send({"hello": {"pss_bytes": pss, **hello(self._outcome)}})
+                    peer.send({"hello": {"pss_bytes": self._pss_bytes(), **hello(self._outcome)}})
                 case "fork":
                     if self._crew is not None:
                         self._turn_into_shim(Path(request["dir"]), request["marker"], peer, self._crew)
@@ -140,6 +140,15 @@ class Server:
                     self._stopped = True
                 case other:
                     peer.send({"error": f"unknown request {other!r}"})
+
+    def _pss_bytes(self) -> int:
+        """Counting hundreds of megabytes of pages takes as long as a fork: not at every start."""
+        if self._crew is not None:
+            return self._crew.pss_bytes
+        now = time.monotonic()
+        if self._weighed is None or now - self._weighed[0] > _WEIGH_EVERY_S:
+            self._weighed = now, processes.pss_bytes(os.getpid())
+        return self._weighed[1]
 
     def _fork(self, directory: Path, marker: str) -> dict[str, Any]:
         """A shim for a launch directory, and its pid."""
