@@ -59,6 +59,11 @@ class Usual:
         return added((self, other))
 
 
+def phase_of(name: str) -> Phase:
+    """By its name in reports; what an older or newer version does not know is unknown."""
+    return Phase[name.upper()] if name.upper() in Phase.__members__ else Phase.UNKNOWN
+
+
 def added(parts: Iterable[Usual]) -> Usual:
     count = origins = 0
     longest_s = 0.0

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from keepstep.core import durations
 from keepstep.core.beacon import Phase
-from keepstep.core.durations import HELD_S, Usual
+from keepstep.core.durations import HELD_S, Usual, phase_of
 from keepstep.core.ids import Node, Rank
 from keepstep.core.states import AttemptState
 from keepstep.decide import stacks
@@ -189,8 +189,7 @@ def _phase_of(still: _Standstill, one: RankView | None) -> tuple[Phase, Usual]:
     """What a candidate does; one that has left is judged by what the others wait in."""
     if one is not None and one.phase is RankPhase.EXITED:
         one = next((other for other in still.ranks if other.waiting_s is not None), None)
-    name = (one.doing if one is not None else "").upper()
-    phase = Phase[name] if name in Phase.__members__ else Phase.UNKNOWN
+    phase = phase_of(one.doing if one is not None else "")
     return phase, still.job.usual.get(phase.name.lower(), Usual())
 
 

@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from keepstep.core import durations
+from keepstep.core.durations import Usual, phase_of
 from keepstep.core.ids import Node
 from keepstep.core.states import AttemptState, NodeState
 from keepstep.decide.death import orphan_lease_s
@@ -230,6 +232,9 @@ def _silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) ->
             return None  # nobody answers: it is the controller that is cut off, and the gang probably trains
         what = f"no node of attempt {attempt.number} said a word for the orphan lease's {lease_s:g} s"
         return _silence_verdict(silent, what, min(ages))
+    cut_off = _cut_off(job, attempt, dict(zip((part.node for part in silent), ages, strict=True)), policy)
+    if cut_off is not None:
+        return cut_off
     bound_s = standstill_s(attempt, policy)
     still_s = _still_s(attempt)
     told = [part for part, age_s in zip(silent, ages, strict=True) if age_s >= policy.silent_gang_bound_s]
@@ -240,6 +245,31 @@ def _silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) ->
     word = f"{names} is silent for more than {policy.silent_gang_bound_s:g} s"
     what = f"{word}, and the gang {gang} for {bound_s:g} s"
     return _silence_verdict(told, what, min(max(ages), still_s))
+
+
+def _cut_off(
+    job: JobView, attempt: AttemptView, silent: Mapping[Node, float], policy: Policy
+) -> Verdict | None:
+    """Sooner than by the bound for all gangs: every rank that can be asked waits, longer than it ever did.
+
+    Not where one of them does something else, or is in a phase that nobody knows yet (a first evaluation);
+    and only a node whose silence began with the waiting is its reason.
+    """
+    parts = [part for part in attempt.parts if part.node not in silent]
+    ranks = [one for part in parts for one in part.ranks if one.phase is RankPhase.RUNNING]
+    bound_s, still_s = policy.silent_after_s, min((one.still_s or 0.0 for one in ranks), default=0.0)
+    for one in ranks:
+        learnt_s = durations.bound_s(phase_of(one.doing), job.usual.get(one.doing, Usual()))
+        if learnt_s is None or one.waiting_s is None:
+            return None
+        bound_s = max(bound_s, learnt_s)
+    since_s = min(max(bound_s, still_s), policy.silent_gang_bound_s)
+    told = [Node(name) for name, age_s in silent.items() if age_s >= since_s]
+    if still_s < bound_s or not told:
+        return None
+    doing = listed(sorted({one.doing for one in ranks}))
+    what = f"{listed(told)} is silent, and all others wait for {bound_s:.2g} s, longer than {doing} ever took"
+    return Verdict(kind="silent", what=what, blame=INFRASTRUCTURE, node=told[0], began_s=still_s)
 
 
 def standstill_s(attempt: AttemptView, policy: Policy) -> float:
