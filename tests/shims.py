@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from keepstep.agent import shimlink
 from keepstep.agent.rank import processes
-from keepstep.agent.rank.marker import marked
+from keepstep.agent.rank.marker import bearers
 from keepstep.agent.shimlink import Ending, LaunchFile, RankLaunch, Shim
 from keepstep.agent.standby import StandbyServer
 from keepstep.core.errors import Unreachable
@@ -71,7 +71,7 @@ async def launched(
                 await shim.end("KILL")
         await shim.ended(timeout_s=WITHIN_S)
         shim.close()
-        assert members(file.marker) == []
+        assert left_of(file.marker) == []
 
 
 async def run(directory: Path, file: LaunchFile, *, standby: StandbyServer | None = None) -> Ending:
@@ -85,8 +85,20 @@ def said(directory: Path, rank: int = 0) -> str:
 
 def members(marker: str) -> list[int]:
     """Living processes of an attempt."""
-    found = processes.table()
-    return [pid for pid in marked(marker, found) if found[pid].alive]
+    return [process.pid for process in bearers([marker]) if process.alive]
+
+
+def left_of(marker: str) -> list[int]:
+    """Of a dead attempt: not its shim, which has said so and only lets go of its memory yet."""
+    return [pid for pid in members(marker) if not _is_shim(pid)]
+
+
+def _is_shim(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return True  # gone
+    return b"keepstep-shim" in words or b"shim" in words
 
 
 def shared_memory() -> set[str]:

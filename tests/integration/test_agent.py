@@ -10,7 +10,7 @@ import pytest
 
 from agents import JOB, Agent, Controller, controlled, going, launch_of, lives, until
 from keepstep.wire import messages as wire
-from shims import members
+from shims import left_of, members
 
 STEPPING = """
 import os, sys, time
@@ -99,7 +99,7 @@ time.sleep(600)
             dead = await controller.phase("dead")
             assert dead.ranks[1].error == "ValueError: broken on purpose"
             assert dead.ranks[0].signal in {signal.SIGSEGV, signal.SIGKILL}
-            assert members(f"{JOB}/1/a") == []
+            assert left_of(f"{JOB}/1/a") == []
             await until(lambda: controller.kinds().count("rank_exited") >= 2)
 
     asyncio.run(play())
@@ -250,7 +250,7 @@ def test_a_killed_shim_leaves_nothing(tmp_path: Path) -> None:
             os.kill(shim, signal.SIGKILL)
             dead = await controller.phase("dead")
             assert dead.alive == 0 and dead.ranks[0].state == "exited"
-            assert members(f"{JOB}/1/a") == []
+            assert left_of(f"{JOB}/1/a") == []
             await until(lambda: "orphans" in controller.kinds())
 
     asyncio.run(play())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agents import JOB, controlled, going, launch_of, lives, until
 from keepstep.wire import messages as wire
-from shims import members
+from shims import left_of
 
 WAITING = "import time\nprint('here', flush=True)\ntime.sleep(600)\n"
 
@@ -48,7 +48,7 @@ def test_an_agent_killed_while_it_prepares_never_starts_that_attempt(tmp_path: P
             seen = len(controller.states)
             await until(lambda: len(controller.states) > seen + 3)
             assert controller.attempt() is not None and (await controller.phase("dead")).alive == 0
-            assert members(f"{JOB}/1/a") == []
+            assert left_of(f"{JOB}/1/a") == []
 
     asyncio.run(play())
 

@@ -21,6 +21,7 @@ from carriers import (
     take,
     until,
 )
+from keepstep.agent.rank import processes
 from keepstep.core import snapshots
 from keepstep.core.errors import Refused
 from keepstep.core.snapshots import Stamp
@@ -233,4 +234,4 @@ def test_a_carrier_ends_with_its_folder(tmp_path: Path) -> None:
     node = Node(tmp_path, "a")
     pid = node.pid
     node.end()
-    assert not Path(f"/proc/{pid}/fd").exists() or not os.listdir(f"/proc/{pid}/fd")  # noqa: PTH208
+    until(lambda: (carrier := processes.read(pid)) is None or not carrier.alive, "the carrier to end")

@@ -19,7 +19,7 @@ from shims import (
     alive,
     launch_file,
     launched,
-    members,
+    left_of,
     run,
     said,
     script,
@@ -189,7 +189,7 @@ time.sleep(600)
             assert ending.shim_died
             assert ending.swept >= 2
             assert [rank.state for rank in ending.ranks] == ["lost", "lost"]
-            assert members(file.marker) == []
+            assert left_of(file.marker) == []
             assert not any(map(alive, escaped))
             with pytest.raises(Unreachable):
                 await shim.end()

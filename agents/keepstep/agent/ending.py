@@ -18,7 +18,7 @@ import msgspec
 
 from keepstep.agent.rank import processes
 from keepstep.agent.rank.kill import Purge
-from keepstep.agent.rank.marker import marked
+from keepstep.agent.rank.marker import bearers
 from keepstep.agent.rank.protocol import LOG, RESULT, RankState, ShimStatus
 from keepstep.core.errors import TimedOut
 
@@ -81,9 +81,7 @@ async def died(directory: Path, marker: str, ranks: Iterable[RankState]) -> Endi
 
 
 def processes_of(marker: str) -> list[processes.Process]:
-    found = processes.table()
-    mine = [pid for pid in found if pid != os.getpid()]
-    return [process for pid in marked(marker, mine) if (process := found[pid]).alive]
+    return [process for process in bearers([marker], {os.getpid()}) if process.alive]
 
 
 def last_words(directory: Path) -> str:

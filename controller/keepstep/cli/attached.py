@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepstep.agent.rank import marker, processes
+from keepstep.agent.rank import marker
 from keepstep.agent.rank.kill import Purge
 from keepstep.cli.client import Client, ref
 from keepstep.cli.service import log_tail
@@ -121,9 +121,7 @@ def sweep(folder: Path, node: str, *, within_s: float = 10.0) -> None:
     clock, purge = SystemClock(), Purge()
     deadline = clock.monotonic() + within_s
     while clock.monotonic() < deadline:
-        table = processes.table()
-        pids = {pid for text in markers for pid in marker.marked(text, table)}
-        if not purge.round([table[pid] for pid in pids]):
+        if not purge.round(marker.bearers(markers)):
             break
         time.sleep(0.02)
     purge.tidy()

@@ -12,11 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from keepstep.agent.rank import marker, processes
+from keepstep.agent.rank import marker
 from keepstep.core.clock import Clock
 from keepstep.core.home import Home, lives, start_ticks
 from keepstep.core.ids import Node
@@ -138,13 +138,8 @@ class LocalPool:
 
     async def _anything_lives(self, name: Node) -> bool:
         """Whether any process of any attempt on this node is left, by the marker that all of them carry."""
-        return await asyncio.to_thread(_marked, self._markers(name))
+        return bool(await asyncio.to_thread(marker.bearers, self._markers(name)))
 
     def _markers(self, name: Node) -> list[str]:
         jobs = self._folder(name) / "jobs"
         return [f"{path.parent.name}/{path.name}/{name}" for path in jobs.glob("*/*") if path.name.isdigit()]
-
-
-def _marked(markers: Iterable[str]) -> bool:
-    pids = list(processes.table())
-    return any(marker.marked(text, pids) for text in markers)

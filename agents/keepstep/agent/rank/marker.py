@@ -8,11 +8,13 @@ server is started with a placeholder and the forked shim writes its own marker o
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from .processes import Process, read
 from .protocol import MARKER, MARKER_ROOM
 
+_LOOKS_MAX = 1000  # a process that forks as fast as it can is caught in one of some dozens
 PLACEHOLDER = "standby".ljust(MARKER_ROOM, ".")
 
 
@@ -26,8 +28,22 @@ def carries(pid: int, marker: str) -> bool:
     return block.startswith(wanted) or b"\0" + wanted in block
 
 
-def marked(marker: str, pids: Iterable[int]) -> list[int]:
-    return [pid for pid in pids if carries(pid, marker)]
+def bearers(markers: Iterable[str], apart_from: Collection[int] = ()) -> list[Process]:
+    """Every process that carries one of these markers.
+
+    One that forks and exits all the time is never there for long: while one looks at it, it has become
+    another. So one looks again for as long as there are processes that were not there before.
+    """
+    wanted = tuple(markers)
+    seen, found = set(apart_from), []
+    for _ in range(_LOOKS_MAX):
+        new = [pid for name in os.listdir("/proc") if name.isdigit() and (pid := int(name)) not in seen]  # noqa: PTH208 - hot
+        if not new:
+            break
+        seen.update(new)
+        carrying = [pid for pid in new if any(carries(pid, marker) for marker in wanted)]
+        found += [process for pid in carrying if (process := read(pid)) is not None]
+    return found
 
 
 def overwrite(marker: str) -> bool:

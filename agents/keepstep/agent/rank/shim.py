@@ -22,7 +22,7 @@ from typing import Any
 from . import ahead, become, lines, processes
 from .gang import Gang
 from .kill import Purge
-from .marker import entitle, marked
+from .marker import bearers, entitle
 from .processes import Process
 from .protocol import (
     IDENTITY,
@@ -301,18 +301,15 @@ class Shim:
             self._alive = self._purge.round(self._victims())
             self._round_s = time.monotonic() + self._pause_s
             self._pause_s = min(self._pause_s * 1.1, _ROUND_S_MAX)
-            if self._alive == 0 and not self._gang.running:
+            if self._alive == 0 and not self._gang.running and (self._store.pid or _childless()):
                 self._phase = "dead"
 
     def _victims(self) -> list[Process]:
         """Every process of the attempt but the store and this one, wherever it has gone."""
-        found = processes.table()
-        tree = processes.descendants(os.getpid(), found)
-        known = {process.pid for process in tree} | {os.getpid()}
-        strangers = marked(self._launch.marker, [pid for pid in found if pid not in known])
-        return [process for process in tree if process.pid != self._store.pid] + [
-            found[pid] for pid in strangers
-        ]
+        tree = processes.descendants(os.getpid(), processes.table())
+        known = {process.pid for process in tree} | {os.getpid(), self._store.pid or 0}
+        own = [process for process in tree if process.pid != self._store.pid]
+        return own + bearers([self._launch.marker], known)
 
     def _count(self) -> None:
         tree = processes.descendants(os.getpid(), processes.table())
@@ -339,6 +336,15 @@ class Shim:
             peer.send({"status": status.as_dict()})
             peer.flush()
             peer.close()
+
+
+def _childless() -> bool:
+    """The kernel's word: nothing descends from this process, however fast it forks."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
 
 
 def _pump(selector: selectors.BaseSelector, output: Any) -> Callable[[], None]:

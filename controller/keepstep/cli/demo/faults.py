@@ -77,14 +77,12 @@ def lose_node(folder: Path, *, within_s: float = 10.0) -> None:
 
 def of_node(folder: Path) -> list[Process]:
     """Every living process of a local node: what was started for its folder, and what carries its markers."""
-    table = processes.table()
-    name = os.fsencode(folder)
-    pids = {pid for pid in table if _speaks_of(name, _command_line(pid))}
-    for path in folder.glob("jobs/*/*"):
-        if path.name.isdigit():
-            pids.update(marker.marked(f"{path.parent.name}/{path.name}/{folder.name}", table))
-    pids.discard(os.getpid())
-    return [table[pid] for pid in pids if table[pid].alive]
+    name, own = os.fsencode(folder), os.getpid()
+    named = [one for one in processes.table().values() if _speaks_of(name, _command_line(one.pid))]
+    attempts = [path for path in folder.glob("jobs/*/*") if path.name.isdigit()]
+    markers = [f"{path.parent.name}/{path.name}/{folder.name}" for path in attempts]
+    found = {one.pid: one for one in (*named, *marker.bearers(markers, {own}))}
+    return [one for one in found.values() if one.alive and one.pid != own]
 
 
 def pss_bytes(pid: int) -> int:
