@@ -89,16 +89,17 @@ def members(marker: str) -> list[int]:
 
 
 def left_of(marker: str) -> list[int]:
-    """Of a dead attempt: not its shim, which has said so and only lets go of its memory yet."""
-    return [pid for pid in members(marker) if not _is_shim(pid)]
+    """Of a dead attempt: not its shim, which has said so and is just letting go of its memory."""
+    return [pid for pid in members(marker) if not _leaves(pid)]
 
 
-def _is_shim(pid: int) -> bool:
+def _leaves(pid: int) -> bool:
+    """A shim, or a process that has no memory any more."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return True  # gone
-    return b"keepstep-shim" in words or b"shim" in words
+        return True
+    return not line or bool({b"keepstep-shim", b"shim"} & set(line.split(b"\0")))
 
 
 def shared_memory() -> set[str]:
