@@ -169,7 +169,6 @@ class KeepstepPair:
         at, wall = time.monotonic(), time.time()
         FAULTS[name](pids, folder)
         seconds, replayed = steps.next_after(at, set(pids.values()))
-        (folder / "spin").unlink(missing_ok=True)
         wait_for(lambda: self.cluster.job(job)["attempt"]["first_step_at"], "the job to run again")
         figures.add(f"{name}_s", seconds, parts_of(self.cluster, job, wall))
         figures.replayed.append(replayed)
@@ -202,7 +201,6 @@ def torchrun(name: str, folder: Path, figures: Figures) -> None:
         seconds, _ = steps.next_after(at, set(pids.values()))
         figures.add(f"{name}_torchrun_s", seconds)
     finally:
-        (folder / "spin").unlink(missing_ok=True)
         family = processes.descendants(process.pid, processes.table())  # workers have sessions of their own
         process.kill()
         process.wait()

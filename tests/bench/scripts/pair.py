@@ -2,8 +2,8 @@
 
     pair.py STEPS FOLDER    every completed step is a line in FOLDER/steps: monotonic seconds, rank, step, pid
 
-It goes on from the last step in FOLDER/state, as a script with a checkpoint of its own does. While
-FOLDER/spin names a rank, that rank loops in its backward pass.
+It goes on from the last step in FOLDER/state, as a script with a checkpoint of its own does. A rank that
+FOLDER/spin names takes that file away and loops for ever in its backward pass.
 """
 
 import os
@@ -57,7 +57,8 @@ def main(steps: int, folder: Path) -> None:
 
 def spin(order: Path, rank: int) -> None:
     if order.exists() and order.read_text() == f"{rank}":
-        while order.exists():
+        order.unlink()
+        while True:
             pass
 
 
