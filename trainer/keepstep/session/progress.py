@@ -73,7 +73,8 @@ class Session:
     def _leave_phase(self, now: int) -> None:
         if self._waiting_ns:
             self._end_wait(now)
-        self._passed(self._phase, now - self._phase_ns, self._waited_ns)
+        if self._phase:  # what lies between phases teaches nothing
+            self._passed(self._phase, now - self._phase_ns, self._waited_ns)
         self._waited_ns = 0
 
     def wait(self, group: str = "", sequence: int = 0, peer: int = -1) -> None:

@@ -6,6 +6,7 @@ the standard library has. Times are nanoseconds of this machine's CLOCK_MONOTONI
 
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ class ShimStatus:
 
 
 def write_atomically(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all, also after a power cut."""
-    draft = path.with_name(path.name + ".new")
+    """Whole or not at all, also after a power cut. Of two writers at once, one wins whole."""
+    draft = path.with_name(f"{path.name}.new.{threading.get_native_id()}")
     with draft.open("w") as file:
         json.dump(value, file)
         file.flush()
