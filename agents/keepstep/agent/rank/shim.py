@@ -301,7 +301,7 @@ class Shim:
             self._alive = self._purge.round(self._victims())
             self._round_s = time.monotonic() + self._pause_s
             self._pause_s = min(self._pause_s * 1.1, _ROUND_S_MAX)
-            if self._alive == 0 and not self._gang.running and (self._store.pid or _childless()):
+            if self._alive == 0 and not self._gang.running and _childless():  # nor is the store left
                 self._phase = "dead"
 
     def _victims(self) -> list[Process]:
@@ -317,10 +317,6 @@ class Shim:
 
     def _finish(self) -> None:
         """Nobody is left: the result is written, the agent is told."""
-        deadline_s = time.monotonic() + 10.0
-        while self._store.pid is not None and time.monotonic() < deadline_s:
-            self._selector.select(0.1)
-            self._take_exits()
         assert self._purge is not None
         self._purge.tidy()
         self._gang.close_outputs()
