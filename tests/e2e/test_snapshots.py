@@ -181,7 +181,7 @@ def test_never_means_never(start: Start) -> None:
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY, "checkpoint.snapshot_every=never")
     cluster.wait_step(job, 6)
-    assert not list(cluster.home.nodes.glob("*/carrier/*"))
+    assert not list(cluster.home.nodes.glob(f"*/carrier/{job}"))
     cluster.kill_rank(job, 0)
     told = cluster.wait_step(job, 7, attempt=2)
     assert told["attempt"]["restore"]
