@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ def faulty(cluster: Cluster, fault: str, spec: str = PAIR, **more: str) -> str:
     environment = {
         "PYTHONPATH": str(FAULTS),
         "DISTURB": fault,
-        "DISTURB_FOLDER": tempfile.mkdtemp(dir=cluster.home.path),  # where it remembers that it did
+        "DISTURB_FOLDER": str(cluster.home.path),
         **more,
     }
     return cluster.submit(spec, *(f"run.env.{name}={value}" for name, value in environment.items()))

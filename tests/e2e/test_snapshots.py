@@ -91,11 +91,13 @@ def test_kills_at_random_moments(start: Start, undisturbed: Curve) -> None:
 def _kill(cluster: Cluster, job: str, rank: int) -> bool:
     """Whether there was a process to kill."""
     pid = int(cluster.ranks(job).get(rank, {}).get("pid") or 0)
+    if not pid:
+        return False
     try:
-        os.kill(pid, signal.SIGKILL) if pid else None
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return False
-    return bool(pid)
+    return True
 
 
 def test_a_lost_nodes_states_come_from_its_buddy(start: Start, undisturbed: Curve) -> None:
@@ -191,7 +193,7 @@ def test_never_means_never(start: Start) -> None:
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY, "checkpoint.snapshot_every=never")
     cluster.wait_step(job, 6)
-    assert not list(cluster.home.nodes.glob(f"*/carrier/{job}"))
+    assert not list(cluster.home.nodes.glob("*/carrier/*"))
     cluster.kill_rank(job, 0)
     told = cluster.wait_step(job, 7, attempt=2)
     assert told["attempt"]["restore"]
