@@ -23,6 +23,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     stored [1@60 ...] [from= after= error=]    what a node found in the checkpoint folder
     kept NODE [own] WORLD R@A.S ...   in a node's memory: ranks R of a gang of WORLD, attempt A, step S
                                     (ranks 0-3; without own: buddies' copies); `kept NODE` alone: nothing
+    saving A@S [age= done error=]   what was asked to be stored from memory, and what came of it
     newest STEP                     the newest checkpoint that the last attempt is known to have written
     asked NODE=AGE ...
     moment SECONDS KIND [attempt= slots= spare_slots= incident= seconds=]
@@ -80,6 +81,7 @@ from keepstep.decide.view import (
     RankPhase,
     RankView,
     Recorded,
+    Saving,
     Stored,
     View,
     Wanted,
@@ -386,6 +388,11 @@ class Scene:
             ]  # fmt: skip
         self.jobs[self.job] = replace(self.now, kept=tuple(found))
 
+    def on_saving(self, flags: list[str], said: Words) -> None:
+        at, age_s = _stored(flags[0]), float(said.get("age", 0))
+        saving = Saving(at=at, age_s=age_s, done="done" in said, error=said.get("error", ""))
+        self.jobs[self.job] = replace(self.now, saving=saving)
+
     def on_newest(self, flags: list[str], _: Words) -> None:
         self.jobs[self.job] = replace(self.now, checkpoint_step=int(flags[0]))
 
@@ -561,6 +568,9 @@ def _what(change: p.JobChange) -> str:  # noqa: C901, PLR0912 - one case a chang
             return f"wait, {change.due_s:g} s"
         case p.Collect():
             return f"COLLECT {change.kind} from {change.node} within {change.within_s:g} s"
+        case p.Save():
+            holders = " ".join(",".join(nodes) for nodes in change.memory.holders)
+            return f"SAVE {change.at.attempt}@{change.at.step} from {holders} within {change.within_s:g} s"
         case p.Find():
             sure = f"{change.verdict.confidence:.0%} sure"
             return f"FIND {change.verdict.kind} in attempt {change.attempt}, {sure}"

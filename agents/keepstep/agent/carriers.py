@@ -23,7 +23,7 @@ from keepstep.agent.rank import lines, processes
 from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, Refused, TimedOut, Unreachable
 from keepstep.core.layout import Layout
-from keepstep.wire.messages import Held, Launch, SnapshotStatus
+from keepstep.wire.messages import Held, Keep, Launch, SnapshotStatus
 
 _log = logging.getLogger("keepstep.agent")
 _RETRY_S = 0.02
@@ -32,6 +32,7 @@ _ANSWER_S = 5.0
 _PREPARE_S = 240.0  # states of many gigabytes come from other nodes
 _REFRESH_S = 1.0
 _LOOK_S = 2.0  # of which a death may be late
+For = Launch | Keep  # whom a carrier is for: ranks here, or ranks elsewhere
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ class Carriers:
 
     # ---------------------------------------------------------------- for an attempt
 
-    async def prepare(self, launch: Launch, address: str) -> None:
+    async def prepare(self, launch: For, address: str) -> None:
         """What this attempt's ranks will need of earlier ones is here, if there is a carrier.
 
         Errors: KeepstepError when a state that is to be restored from memory cannot be had.
@@ -82,19 +83,26 @@ class Carriers:
                 raise
             self._trouble(launch.job, carrier, str(error))
 
-    def adopt(self, launch: Launch, address: str) -> None:
+    async def keep(self, wanted: Keep, address: str) -> None:
+        """A carrier on a node that runs no rank of it: copies, or what others restore, are here."""
+        try:
+            await self.prepare(wanted, address)
+        except KeepstepError as error:
+            self._trouble(wanted.job, self._of(wanted.job, address), str(error))
+
+    def adopt(self, launch: For, address: str) -> None:
         """Ranks of an attempt that an earlier agent has started: where another carrier would listen."""
         if launch.secret:
             self._of(launch.job, address)
 
-    async def begin(self, launch: Launch, address: str) -> None:
+    async def begin(self, launch: For, address: str) -> None:
         """Start it, while other things are prepared that take longer."""
         if launch.secret:
             carrier = self._of(launch.job, address)
             with suppress(KeepstepError):  # said by `prepare`
                 await self._ensure(carrier)
 
-    async def meet(self, launch: Launch) -> None:
+    async def meet(self, launch: For) -> None:
         """Tell it where its peers are now, and who is its buddy."""
         carrier = self._known.get(launch.job)
         if carrier is None or not launch.secret:
@@ -119,7 +127,7 @@ class Carriers:
         if before.get("address") != carrier.seen.get("address"):
             self._changed()
 
-    async def follow(self, living: Callable[[], Iterable[Launch]]) -> None:
+    async def follow(self, living: Callable[[], Iterable[For]]) -> None:
         """For ever: what carriers hold, and another one where one is gone while ranks need it."""
         while True:
             await asyncio.sleep(_REFRESH_S)
@@ -151,6 +159,13 @@ class Carriers:
             if carrier.seen
         )
 
+    async def save(self, job: str, request: dict[str, Any], *, within_s: float) -> dict[str, Any]:
+        """Have what it holds of a state written. Errors: Unreachable, Refused."""
+        carrier = self._known.get(job)
+        if carrier is None:
+            raise Unreachable(f"nothing of {job} is in this node's memory")
+        return await self._ask(carrier, {"do": "save", **request}, within_s=within_s)
+
     # ---------------------------------------------------------------- the end
 
     async def release(self, wanted: Iterable[str]) -> None:
@@ -177,7 +192,7 @@ class Carriers:
         carrier.address = address
         return carrier
 
-    async def _meet(self, carrier: _Carrier, launch: Launch) -> None:
+    async def _meet(self, carrier: _Carrier, launch: For) -> None:
         told = {
             "addresses": {node: list(address) for node, address in launch.carriers.items()},
             "buddy": launch.buddy, "secret": launch.secret, "bytes_max": self._bytes_max,
@@ -249,7 +264,7 @@ class Carriers:
             self._tell("snapshots_off", job, f"no snapshots in memory: {why}")
 
 
-def _memory(launch: Launch) -> dict[str, Any] | None:
+def _memory(launch: For) -> dict[str, Any] | None:
     """Which old ranks' states this node's ranks begin from, and who holds each."""
     memory = launch.memory
     if memory is None or launch.restore is None:

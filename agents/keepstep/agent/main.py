@@ -40,7 +40,7 @@ from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.wire import messages as wire
 
 _log = logging.getLogger("keepstep.agent")
-_CAPABILITIES = ("logs", "inventory", "warm", "points", "evidence")
+_CAPABILITIES = ("logs", "inventory", "warm", "points", "evidence", "save")
 _SETTLE_S = 10.0
 _TICK_S = 0.5
 _TEXT_MAX = 2000
@@ -111,8 +111,7 @@ class Agent:
         return self._exit_code
 
     def _works(self) -> tuple[Coroutine[Any, Any, None], ...]:
-        carriers = self._launches.around.carriers
-        follow = carriers.follow(lambda: [attempt.launch for attempt in self._launches.living])
+        follow = self._launches.around.carriers.follow(lambda: self._launches.carried)
         return self._link.run(), self._watch.run(), self._mind(), follow
 
     # ---------------------------------------------------------------- leaving

@@ -7,6 +7,7 @@ logs       job, attempt? (the newest here), ranks?, tail?, after? {rank: cursor}
                more: there is more at once, end: there never will be}
 inventory  dir -> {checkpoints: [[attempt, step, complete]...], fence: attempt|null}
 evidence   what each rank is doing: see inquiry
+save       a state in memory becomes a checkpoint: see saving
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.agent import inquiry, logs
+from keepstep.agent import inquiry, logs, saving
 from keepstep.agent.attempt import Attempt
 from keepstep.agent.launches import Launches
 from keepstep.core import checkpoints
@@ -29,6 +30,7 @@ _WAIT_MAX_S = 60.0
 _LOOK_S = 0.1
 _TAIL_MAX = 100_000
 _ERROR_LINES = 50
+_SAVE_MAX_S = 3600.0  # the asker has a bound of its own; states of hundreds of gigabytes take long
 _CHECKPOINTS_MAX = 20_000
 
 
@@ -41,6 +43,9 @@ async def answer(query: Query, launches: Launches, clock: Clock) -> Answer:
                 data = await asyncio.to_thread(_inventory, query.params)
             case "evidence":
                 data = await inquiry.gather(query.params, launches)
+            case "save":
+                carriers = launches.around.carriers
+                data = await saving.save(query.params, carriers, within_s=_SAVE_MAX_S)
             case _:
                 raise InputError(f"this agent does not know the question {query.kind!r}")
     except (KeepstepError, OSError, ValueError, TypeError, LookupError, re.error) as error:

@@ -229,6 +229,16 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A state in memory that is being stored, or was, or could not be."""
+
+    at: Stored
+    age_s: float = 0.0
+    done: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
     """What a node found in the checkpoint folder, after `after_attempt` was dead."""
 
@@ -284,7 +294,8 @@ class JobView:
     asked: tuple[Asked, ...] = ()
     attached: Node | None = None
     incident: int | None = None  # the open one
-    kept: tuple[Kept, ...] = ()  # in memory; told between two attempts only
+    kept: tuple[Kept, ...] = ()  # in memory; told when the last attempt is ending, or has ended
+    saving: Saving | None = None  # the last one that was asked for since the last attempt began
     checkpoint_step: int = -1  # the newest complete one that the last attempt is known to have written
     ended: Ended | None = None  # None before the first attempt has ended
     usual: Mapping[str, Usual] = field(default_factory=dict)  # by phase: how long it took, over all attempts

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Snapshots:
     def __init__(
         self, job: TrainJob, state: FlatState, session: Session, values: Callable[[int], dict[str, Any]]
     ) -> None:
-        """`values`: what belongs to the state after a step beside its tensors, as JSON."""
+        """`values`: what belongs to the state after a step beside its tensors, as JSON: tokens, data."""
         self._state, self._session, self._values = state, session, values
         self._every = 1 if job.snapshot_every is None else job.snapshot_every
         self._fixed = json.dumps(_description(job, state))
@@ -139,6 +140,8 @@ def _description(job: TrainJob, state: FlatState) -> dict[str, Any]:
     layout: Layout = job.layout
     return {
         "job": job.id,
+        "model": asdict(job.shape),
+        "torch": torch.__version__,
         "layout": {"dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "tp": layout.tp},
         "dtype": str(state.state.dtype).removeprefix("torch."),
         "parts": ["model", "optimizer.exp_avg", "optimizer.exp_avg_sq"],

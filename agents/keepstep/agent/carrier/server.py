@@ -5,6 +5,7 @@ From a rank    join {rank, world, attempt, description_max, payload_max} -> its 
                begun                                  -> the state that the attempt begins from
                taken                                  (no answer: it is a nudge)
 From the agent hello, held, peers {...}, prepare {...}, end
+               save {dir, ranks, world, at, lineage}  -> {files, about}: see saving
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from typing import Any
 from keepstep.agent.carrier.book import Book
 from keepstep.agent.carrier.frames import shape_of
 from keepstep.agent.carrier.memory import Memory
+from keepstep.agent.carrier.saving import save
 from keepstep.agent.carrier.streams import Peers, Streams, attend
 from keepstep.agent.rank import lines
 from keepstep.core.clock import Clock
@@ -139,6 +141,8 @@ class Server:
                 return answer, [memory.descriptor for memory, _ in found]
             case "begun":
                 return {"begun": self._begun}, ()
+            case "save":
+                return await save(self.book, request), ()
             case "prepare":
                 await self._prepare(request)
             case "peers":

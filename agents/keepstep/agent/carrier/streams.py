@@ -232,6 +232,8 @@ async def _take(peer: socket.socket, frame: dict[str, Any], book: Book) -> dict[
         return {"ok": False, "error": str(error), "full": at.attempt >= book.attempt}
     if sealed is not None:
         memory.seal(sealed)
+        if sealed.attempt == book.attempt:
+            book.leave_other_layouts(memory.shape.world)
     if number is None:
         await frames.skip(peer, frame)
     else:

@@ -1,0 +1,181 @@
+"""What carriers hold becomes a checkpoint: written without PyTorch, loaded in every layout, or not there."""
+
+import asyncio
+import mmap
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from carriers import Node, nodes, until
+from integration.test_checkpoint import SHAPE, assert_is_step, at, expected, state_of
+from keepstep.agent import saving
+from keepstep.agent.carriers import Carriers
+from keepstep.agent.folder import Folder
+from keepstep.core.beacon import PAGE
+from keepstep.core.checkpoints import MANIFEST, folder_name, inventory, raise_fence
+from keepstep.core.clock import SystemClock
+from keepstep.core.errors import KeepstepError, Refused, Unreachable
+from keepstep.core.ids import Attempt
+from keepstep.core.layout import Layout, local_ranks
+from keepstep.llama.checkpoint import CorruptCheckpoint, load
+from keepstep.llama.job import TrainJob
+from keepstep.llama.memory import Snapshots
+from keepstep.session import Session
+
+LAYOUT, STEP = Layout(dp=2, pp=2, tp=2), 20
+JOB: dict[str, Any] = {
+    "job": "job", "layout": asdict(LAYOUT), "model": asdict(SHAPE), "steps": 30,
+    "batch": {"global_tokens": 256, "seq": 32}, "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+}  # fmt: skip
+FOLDER = folder_name(at(STEP))
+POSITION = {"seed": 0, "samples": 160}
+
+
+@pytest.fixture
+def gang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Node], list[Snapshots]]]:
+    """Two nodes that hold step 20 of all eight ranks, in the trainer's own snapshots."""
+    with nodes(tmp_path, "a", "b") as found:
+        taken = []
+        for k, node in enumerate(found):
+            monkeypatch.setenv("KEEPSTEP_CARRIER", str(node.directory))
+            for rank in local_ranks(LAYOUT.world_size, 2, k):
+                state = state_of(LAYOUT, rank)
+                state.state.copy_(expected(state.index, state.dp_rank, STEP))
+                session = Session(mmap.mmap(-1, PAGE), rank=rank, world_size=8, attached=False)
+                values = {"tokens": STEP * 256, "data": POSITION}
+                one = Snapshots(TrainJob.parse(JOB), state, session, lambda _, values=values: values)
+                one.resume(STEP)
+                taken.append(one)
+        yield found, taken
+        for one in taken:
+            one.close()
+
+
+@pytest.fixture
+def held(gang: tuple[list[Node], list[Snapshots]]) -> list[Node]:
+    return gang[0]
+
+
+def ask(node: Node, stage: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """As the controller asks the node's agent."""
+    agent = Folder(node.directory.parents[1])
+    carriers = Carriers(agent, SystemClock(), bytes_max=None, changed=lambda: None, tell=lambda *_: None)
+    params = {
+        "stage": stage, "job": "job", "dir": str(folder), "at": [1, STEP], "world": 8,
+        "lineage": [[1, 0, 0]], **more,
+    }  # fmt: skip
+    return asyncio.run(saving.save(params, carriers, within_s=60.0))
+
+
+def write(held: list[Node], folder: Path) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    for k, node in enumerate(held):
+        answer = ask(node, "write", folder, ranks=list(local_ranks(8, 2, k)))
+        files |= answer["files"]
+    return {"files": files, "about": answer["about"], "layout": asdict(LAYOUT), "after": 1}
+
+
+def complete(folder: Path) -> list[bool]:
+    return [one.complete for one in inventory(folder)]
+
+
+def test_what_two_nodes_hold_loads_in_every_layout(held: list[Node], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    written = write(held, folder)
+    assert complete(folder) == [False], "not before it is sealed"
+    assert ask(held[1], "seal", folder, **written) == {"complete": True}
+    assert complete(folder) == [True]
+    assert ask(held[0], "write", folder, ranks=[0]) == {"complete": True}, "nothing is written twice"
+    assert ask(held[0], "discard", folder) == {}
+    for layout in (
+        LAYOUT,
+        Layout(),
+        Layout(dp=1, pp=4, tp=1),
+        Layout(dp=4, pp=1, tp=2),
+        Layout(dp=1, pp=2, tp=4),
+    ):
+        for rank in range(layout.world_size):
+            state = state_of(layout, rank)
+            manifest = load(folder, at(STEP), state, model=SHAPE, group=None)
+            assert_is_step(state, STEP)
+    assert (manifest.tokens, manifest.data, manifest.torch) == (STEP * 256, POSITION, torch.__version__)
+
+
+def test_a_file_that_was_changed_is_refused(held: list[Node], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    ask(held[0], "seal", folder, **write(held, folder))
+    path = folder / FOLDER / "rank-00003.slot"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"rank-00003\.slot"):
+        load(folder, at(STEP), state_of(LAYOUT, 0), model=SHAPE, group=None)
+
+
+def test_a_full_storage_leaves_nothing_behind(held: list[Node], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    ask(held[1], "write", folder, ranks=[4, 5])
+    limit = resource.prlimit(held[0].pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(held[0].pid, resource.RLIMIT_FSIZE, (8192, limit[1]))
+    with pytest.raises(KeepstepError, match="File too large"):
+        ask(held[0], "write", folder, ranks=[0, 1, 2, 3])
+    resource.prlimit(held[0].pid, resource.RLIMIT_FSIZE, limit)
+    ask(held[1], "discard", folder)
+    assert list(folder.iterdir()) == []
+    own = {(rank, 1, STEP, True) for rank in range(4)}
+    assert own <= held[0].held(), "and costs nothing in memory"
+
+
+def test_a_carrier_that_is_killed_in_the_middle_completes_nothing(held: list[Node], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / FOLDER).mkdir(parents=True)
+    draft = folder / FOLDER / f".rank-00001.slot.{held[0].pid}"
+    os.mkfifo(draft)  # a storage that takes what one reads from it
+    failed: list[Exception] = []
+
+    def writes() -> None:
+        try:
+            ask(held[0], "write", folder, ranks=[0, 1])
+        except KeepstepError as error:
+            failed.append(error)
+
+    writer = threading.Thread(target=writes)
+    writer.start()
+    with draft.open("rb", buffering=0) as file:
+        assert file.read(PAGE)  # it is in the middle of rank 1
+        held[0].kill()
+    writer.join(60)
+    assert isinstance(failed[0], Unreachable)
+    assert complete(folder) == [False]
+    with pytest.raises(Refused, match=r"rank-00001\.slot is not what was written"):
+        ask(held[1], "seal", folder, files={"rank-00001.slot": [1, "0"]}, about={}, layout={}, after=1)
+    ask(held[1], "discard", folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_damaged_slot_is_not_stored(gang: tuple[list[Node], list[Snapshots]], tmp_path: Path) -> None:
+    (a, _), taken = gang
+    slots = taken[2].slots
+    assert slots is not None
+    slots.payload(0)[100] ^= 1
+    with pytest.raises(Refused, match="step 20 of rank 2 is damaged in memory"):
+        ask(a, "write", tmp_path / "checkpoints", ranks=[0, 1, 2, 3])
+    assert (2, 1, STEP, True) not in a.held(), "nor offered again"
+
+
+def test_a_folder_that_was_taken_over_is_left_alone(held: list[Node], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    written = write(held, folder)
+    raise_fence(folder, Attempt(2))
+    with pytest.raises(Refused, match="attempt 2 has taken over"):
+        ask(held[0], "seal", folder, **written)
+    assert not (folder / FOLDER / MANIFEST).exists()
+    assert ask(held[0], "seal", folder, **{**written, "after": 2}) == {"complete": True}
+    until(lambda: complete(folder) == [True], "the checkpoint")
