@@ -38,6 +38,10 @@ FOLDER = folder_name(at(STEP))
 POSITION = {"seed": 0, "samples": 160}
 
 
+def values(step: int) -> dict[str, Any]:
+    return {"tokens": step * 256, "data": POSITION}
+
+
 @pytest.fixture
 def gang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Node], list[Snapshots]]]:
     """Two nodes that hold step 20 of all eight ranks, in the trainer's own snapshots."""
@@ -49,8 +53,7 @@ def gang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list
                 state = state_of(LAYOUT, rank)
                 state.state.copy_(expected(state.index, state.dp_rank, STEP))
                 session = Session(mmap.mmap(-1, PAGE), rank=rank, world_size=8, attached=False)
-                values = {"tokens": STEP * 256, "data": POSITION}
-                one = Snapshots(TrainJob.parse(JOB), state, session, lambda _, values=values: values)
+                one = Snapshots(TrainJob.parse(JOB), state, session, values)
                 one.resume(STEP)
                 taken.append(one)
         yield found, taken

@@ -1,0 +1,75 @@
+"""Lightning with its states in memory only: dropout, a scheduler, a loader that has a state."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from keepstep.session.lightning import SnapshotCallback
+
+steps, kill_at = int(sys.argv[1]), int(sys.argv[2])
+
+
+class Resumable(DataLoader[Any]):
+    """Goes on in the middle of an epoch, as Lightning asks of a loader."""
+
+    first = given = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        first, self.first = self.first, 0
+        for self.given, batch in enumerate(super().__iter__(), 1):
+            if self.given > first:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["given"]
+
+
+class Model(lightning.LightningModule):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.2), nn.ReLU(), nn.Linear(32, 1))
+        self.began = 0
+
+    def on_train_start(self) -> None:
+        self.began = self.trainer.global_step
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
+        inputs, targets = batch
+        if self.global_step + 1 == kill_at and self.began == 0 and self.global_rank == 1:
+            os.kill(os.getpid(), 9)
+        loss: torch.Tensor = (self.layers(inputs) - targets).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+lightning.seed_everything(0)
+inputs = torch.randn(64, 16)
+data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+loader = Resumable(data, batch_size=4, sampler=DistributedSampler(data, world, rank, shuffle=True))
+snapshots = SnapshotCallback()
+trainer = lightning.Trainer(
+    max_steps=steps, accelerator="cpu", devices=2, strategy="ddp", callbacks=[snapshots], logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    use_distributed_sampler=False,
+)  # fmt: skip
+model, found = Model(), snapshots.checkpoint()
+trainer.fit(model, loader, ckpt_path=found)
+if trainer.is_global_zero:
+    total = sum(p.detach().double().sum().item() for p in model.parameters())
+    print(f"began at {model.began}, done at {trainer.global_step}, weights {total:.12f}", flush=True)
+    assert found is None or not Path(found).exists()
