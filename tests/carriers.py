@@ -130,7 +130,7 @@ def agree(*ranks: Slots) -> None:
     """The reduction of one step."""
     said = [slots.says for slots in ranks]
     for slots in ranks:
-        slots.heard((min(says[0] for says in said), min(says[1] for says in said)))
+        slots.heard((min(s[0] for s in said), min(s[1] for s in said), min(s[2] for s in said)))
 
 
 def protect(*ranks: Slots, step: int) -> None:

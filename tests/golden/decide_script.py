@@ -21,8 +21,9 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     lineage 1 2<1@60 3<2@70!69 ...  attempt 2 began from attempt 1's step 60; 3 is good until step 69
     failure [age= blame= attempt= step= signature= node= rank= exit_code= error=]
     stored [1@60 ...] [from= after= error=]    what a node found in the checkpoint folder
-    kept NODE [own] WORLD R@A.S ...   in a node's memory: ranks R of a gang of WORLD, attempt A, step S
-                                    (ranks 0-3; without own: buddies' copies); `kept NODE` alone: nothing
+    kept NODE [own] [stale] WORLD R@A.S ...   in a node's memory: ranks R of a gang of WORLD, attempt A, step
+                                    (ranks 0-3; without own: buddies' copies; stale: said before the end);
+                                    `kept NODE` alone: nothing
     saving A@S [age= done error=]   what was asked to be stored from memory, and what came of it
     newest STEP                     the newest checkpoint that the last attempt is known to have written
     asked NODE=AGE ...
@@ -374,7 +375,7 @@ class Scene:
 
     def on_kept(self, flags: list[str], _: Words) -> None:
         node, own = Node(flags[0]), "own" in flags
-        words = [flag for flag in flags[1:] if flag != "own"]
+        words = [flag for flag in flags[1:] if flag not in {"own", "stale"}]
         found = [one for one in self.now.kept if one.node != node or (words and one.own != own)]
         world = int(words[0]) if words else 0
         for word in words[1:]:
@@ -383,7 +384,7 @@ class Scene:
             attempt, _dot, step = stamp.partition(".")
             found += [
                 Kept(rank=Rank(rank), world=world, attempt=Attempt(int(attempt)), step=Step(int(step)),
-                     node=node, own=own)
+                     node=node, own=own, fresh="stale" not in flags)
                 for rank in range(int(first), int(last or first) + 1)
             ]  # fmt: skip
         self.jobs[self.job] = replace(self.now, kept=tuple(found))

@@ -1,9 +1,11 @@
 """What carriers hold becomes a checkpoint: written without PyTorch, loaded in every layout, or not there."""
 
 import asyncio
+import fcntl
 import mmap
 import os
 import resource
+import select
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -149,12 +151,14 @@ def test_a_carrier_that_is_killed_in_the_middle_completes_nothing(held: list[Nod
         except KeepstepError as error:
             failed.append(error)
 
+    reader = os.open(draft, os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
     writer = threading.Thread(target=writes)
     writer.start()
-    with draft.open("rb", buffering=0) as file:
-        assert file.read(PAGE)  # it is in the middle of rank 1
-        held[0].kill()
+    assert select.select([reader], [], [], 60)[0]  # it is in the middle of rank 1
+    held[0].kill()
     writer.join(60)
+    os.close(reader)
     assert isinstance(failed[0], Unreachable)
     assert complete(folder) == [False]
     with pytest.raises(Refused, match=r"rank-00001\.slot is not what was written"):

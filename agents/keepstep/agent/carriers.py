@@ -42,6 +42,7 @@ class _Carrier:
     seen: dict[str, Any] = field(default_factory=dict)  # its last answer
     told: dict[str, Any] = field(default_factory=dict)  # where its peers are
     trouble: str = ""
+    after: int = 0  # of the attempt whose end was known when it was looked at
     one: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -112,8 +113,11 @@ class Carriers:
         except KeepstepError as error:
             _log.warning("the carrier of %s: %s", launch.job, error)
 
-    async def look(self, job: str) -> None:
-        """What it holds at this moment. A carrier that does not answer holds nothing."""
+    async def look(self, job: str, *, after: int = 0) -> None:
+        """What it holds at this moment. A carrier that does not answer holds nothing.
+
+        `after`: an attempt that is known to be dead, so that what is found will not be replaced any more.
+        """
         carrier = self._known.get(job)
         if carrier is None:
             return
@@ -124,7 +128,8 @@ class Carriers:
             carrier.seen = {}
         if carrier.seen.get("trouble"):
             self._trouble(job, carrier, str(carrier.seen["trouble"]))
-        if before.get("address") != carrier.seen.get("address"):
+        carrier.after = max(carrier.after, after)
+        if after or before.get("address") != carrier.seen.get("address"):
             self._changed()
 
     async def follow(self, living: Callable[[], Iterable[For]]) -> None:
@@ -150,6 +155,7 @@ class Carriers:
                 job=job,
                 address=(str(carrier.seen["address"][0]), int(carrier.seen["address"][1])),
                 memory_bytes=int(carrier.seen["memory_bytes"]),
+                after=carrier.after,
                 held=tuple(
                     Held(rank=rank, world=world, attempt=attempt, step=step, own=own)
                     for rank, world, attempt, step, own in carrier.seen["held"]

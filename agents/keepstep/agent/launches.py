@@ -187,7 +187,11 @@ class Launches:
     async def _keep(self, wanted: Keep) -> None:
         """One after the other: a newer order is carried out last."""
         async with self._keeping:
-            if self._kept.get(wanted.job) == wanted:
+            if self._kept.get(wanted.job) != wanted:
+                return
+            if wanted.over:
+                await self.around.carriers.look(wanted.job, after=wanted.attempt)
+            else:
                 await self.around.carriers.keep(wanted, self.around.address(2)[0])
 
     async def _load(self, warm: Warm) -> None:

@@ -48,6 +48,8 @@ def desired(
             needed = entry.job.wanted == "run" or entry.job.state == JobState.RECOVERING
             if ended and member.name in {*ended.nodes, *ended.spares} and needed:
                 warm.append(wire.Warm(job=entry.job.id, run=run_of(entry.spec)))
+            if ended and member.name in ended.spares and needed:
+                keep += _keep(entry, entry.attempts[-1], carriers(entry), over=True)
             continue
         if member.name in row.nodes:
             if row.state in _LIVE:
@@ -124,7 +126,7 @@ def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy, carri
     )
 
 
-def _keep(entry: Entry, row: AttemptRow, carriers: Carriers) -> list[wire.Keep]:
+def _keep(entry: Entry, row: AttemptRow, carriers: Carriers, *, over: bool = False) -> list[wire.Keep]:
     """For a node without a rank of it; nothing for a job that keeps no snapshots."""
     if not carriers.secret:
         return []
@@ -140,6 +142,7 @@ def _keep(entry: Entry, row: AttemptRow, carriers: Carriers) -> list[wire.Keep]:
             lineage=_lineage(entry),
             secret=carriers.secret,
             carriers=dict(carriers.addresses),
+            over=over,
         )
     ]
 

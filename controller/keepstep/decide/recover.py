@@ -93,7 +93,7 @@ def begin(
     rejected: tuple[Rejected, ...] = (),
 ) -> Place | Collect | Wait:
     """Place the next attempt, once it is known what it restores."""
-    point = memory_point(job.lineage, job.kept, job.spec.parallelism)
+    point = memory_point(job.lineage, job.held, job.spec.parallelism)
     if not _serves(job, point, placement.layout):
         if needs_inventory(job):
             return collect(job, view, held, policy)

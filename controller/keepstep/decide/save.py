@@ -5,7 +5,8 @@ and with them go the only copies of steps that no checkpoint has. So such a chan
 state that is whole in memory is stored, if it is newer than what is known to be stored. It waits within a
 bound and tries once: a storage that is full or gone makes a job no worse off than it was without.
 
-A restart whose own nodes hold all of the state waits for nothing.
+A restart whose own nodes hold all of the state waits for nothing. But spares that keep copies are asked anew
+when the attempt is dead, if a rank's own memory is gone: what they last said may have been replaced since.
 """
 
 from collections.abc import Collection
@@ -13,7 +14,7 @@ from collections.abc import Collection
 from keepstep.core.ids import Node
 from keepstep.core.states import JobState
 from keepstep.decide.place import listed
-from keepstep.decide.plan import Dead, GiveUp, JobChange, Place, Policy, Requeue, Rest, Save, Wait
+from keepstep.decide.plan import Collect, Dead, GiveUp, JobChange, Place, Policy, Requeue, Rest, Save, Wait
 from keepstep.decide.recover import keeps_checkpoints
 from keepstep.decide.restore import RestorePoint, memory_point, restore_point
 from keepstep.decide.view import JobView
@@ -22,9 +23,13 @@ from keepstep.decide.view import JobView
 def saved_first(job: JobView, change: JobChange | None, policy: Policy) -> JobChange | None:
     """`change`, or what has to come before it."""
     staying = _staying(job, change)
-    if change is None or staying is None or not job.kept or not keeps_checkpoints(job):
+    unsure = _unsure(job)
+    if unsure and (staying is not None or isinstance(change, Collect)):
+        reason = f"asks {listed(unsure)} what it holds now of ranks whose own memory is gone"
+        return Wait(job=job.id, reason=reason, due_s=policy.collect_within_s)
+    if change is None or staying is None or not job.held or not keeps_checkpoints(job):
         return change
-    point = memory_point(job.lineage, job.kept, job.spec.parallelism)
+    point = memory_point(job.lineage, job.held, job.spec.parallelism)
     if point.at is None or point.memory is None or point.at.step <= _stored_step(job):
         return change
     if _whole(job, point, staying):
@@ -52,6 +57,12 @@ def _staying(job: JobView, change: JobChange | None) -> Collection[Node] | None:
     return None
 
 
+def _unsure(job: JobView) -> list[Node]:
+    """Who may hold what nobody else does, and has not been heard since."""
+    own = {(one.world, one.rank) for one in job.held if one.own}
+    return sorted({one.node for one in job.kept if not one.fresh and (one.world, one.rank) not in own})
+
+
 def _giving_up(job: JobView, change: JobChange) -> str:
     if isinstance(change, Place):
         gone = sorted({one.node for one in job.kept} - {*change.nodes, *change.spares})
@@ -67,5 +78,5 @@ def _stored_step(job: JobView) -> int:
 
 def _whole(job: JobView, point: RestorePoint, nodes: Collection[Node]) -> bool:
     """Whether these alone hold all of that state."""
-    there = [one for one in job.kept if one.node in nodes]
+    there = [one for one in job.held if one.node in nodes]
     return memory_point(job.lineage, there, job.spec.parallelism).at == point.at

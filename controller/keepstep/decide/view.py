@@ -226,6 +226,7 @@ class Kept:
     step: Step
     node: Node
     own: bool = True  # the rank ran there; False: a buddy's copy
+    fresh: bool = True  # looked at after the last attempt was dead; else newer ones may have replaced it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +305,11 @@ class JobView:
     measured: Measured = Measured()
     found: Mapping[str, float] = field(default_factory=dict)  # what was told of the attempt; seconds ago
     losses: tuple[float, ...] = ()  # of the last steps, oldest first
+
+    @property
+    def held(self) -> tuple[Kept, ...]:
+        """What is in memory for certain."""
+        return tuple(one for one in self.kept if one.fresh)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,6 +123,7 @@ class SnapshotStatus(Part, kw_only=True, frozen=True):
     address: tuple[str, int]
     memory_bytes: int = 0
     held: tuple[Held, ...] = ()
+    after: int = 0  # it was looked at when this attempt was known to be dead; see `Keep.over`
 
 
 class NodeStatus(Part, kw_only=True, frozen=True):
@@ -280,6 +281,7 @@ class Keep(Part, kw_only=True, frozen=True):
     secret: str
     carriers: dict[str, tuple[str, int]] = {}
     buddy: str = ""
+    over: bool = False  # the attempt is dead: say what is held now
 
 
 class Desired(Message, tag="desired", kw_only=True, frozen=True):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class Streams:
         self._news = asyncio.Event()
         self._sent: dict[Key, Stamp] = {}  # what the present buddy is known to have of each rank
         self._lost_at: float | None = None
+        self._rates: deque[float] = deque(maxlen=8)  # bytes/s to the present buddy, its answers included
 
     def nudge(self) -> None:
         """There is a new snapshot, or another buddy."""
@@ -75,6 +77,7 @@ class Streams:
 
     async def _serve(self, peer: socket.socket, buddy: str, address: tuple[str, int]) -> None:
         self._sent.clear()
+        self._rates.clear()
         while self._peers.buddy == buddy and self._peers.addresses.get(buddy) == address:
             again = not await self._bring_up(peer)
             self._lost_at = None
@@ -83,6 +86,7 @@ class Streams:
     async def _bring_up(self, peer: socket.socket) -> bool:
         """Send what the buddy lacks, then hear of all of it. False: it has no room just now."""
         sent: list[tuple[Key, Memory, Stamp]] = []
+        begun, size = self._clock.monotonic(), 0
         own = list(self._book.own.items())
         for key, memory in own:  # all questions first: answers come in order
             if key not in self._sent:
@@ -93,6 +97,7 @@ class Streams:
                 async with asyncio.timeout(_patience_s(memory)):
                     await frames.send_slot(peer, memory, number, do="put", sealed=memory.sealed)
                 sent.append((key, memory, at))
+                size += memory.slots[number].payload_bytes
         room = True
         for key, memory, at in sent:
             async with asyncio.timeout(_patience_s(memory)):
@@ -103,7 +108,16 @@ class Streams:
             elif not answer.get("full"):
                 raise Refused("the buddy refused a snapshot", why=str(answer.get("error")))
             room = room and bool(answer.get("ok"))
+        if size and room:
+            self._measured(size, self._clock.monotonic() - begun)
         return room
+
+    def _measured(self, size: int, seconds: float) -> None:
+        """What a snapshot of all ranks takes to send, by the best of the last rates."""
+        self._rates.append(size / max(seconds, 1e-9))
+        whole = sum(max(slot.payload_bytes for slot in one.slots) for one in self._book.own.values())
+        for memory in self._book.own.values():
+            memory.tell_send(int(whole / max(self._rates) * 1e9))
 
     async def _ask_what_is_there(self, peer: socket.socket, key: Key, memory: Memory) -> None:
         async with asyncio.timeout(_QUIET_S):
@@ -129,6 +143,7 @@ class Streams:
     def _tell_alone(self) -> None:
         for memory in self._book.own.values():
             memory.acknowledge(None)
+            memory.tell_send(0)
 
     async def _wait(self, within_s: float | None) -> None:
         try:
