@@ -67,7 +67,8 @@ def test_what_only_those_have_who_are_let_go_of_is_stored_first(
 ) -> None:
     job = JobView(
         id=JobId("j"), spec=spec_of("j", {"dp": "1", "tp": "2", "pp": "1"}), state=JobState.RECOVERING,
-        attempts=1, lineage=(Link(attempt=Attempt(1)),), kept=tuple(held), checkpoint_step=stored, saving=saving,
+        attempts=1, lineage=(Link(attempt=Attempt(1)),), kept=tuple(held), checkpoint_step=stored,
+        saving=saving,
     )  # fmt: skip
     wanted = change_to(where)
     came = saved_first(job, wanted, POLICY)

@@ -23,7 +23,10 @@ class Resumable(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         first, self.first = self.first, 0
-        for self.given, batch in enumerate(super().__iter__(), 1):
+        return self._from(first, super().__iter__())
+
+    def _from(self, first: int, batches: Iterator[Any]) -> Iterator[Any]:
+        for self.given, batch in enumerate(batches, 1):
             if self.given > first:
                 yield batch
 
