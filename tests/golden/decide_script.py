@@ -116,7 +116,10 @@ def spec_of(name: str, said: Words) -> JobSpec:
         parallelism=layout,
         elastic=Elastic(min_dp=number("min_dp", layout.dp)),
         run=run,
-        checkpoint=Checkpoint(dir=None if "script" in said else "/checkpoints"),
+        checkpoint=Checkpoint(
+            dir=None if "script" in said and "dir" not in said else "/checkpoints",
+            snapshot_every_steps=int(said["snapshots"]) if "snapshots" in said else None,
+        ),
         recovery=Recovery(
             fenced="fenced" in said,
             self_fence_s=seconds("self_fence", 30.0),
@@ -499,6 +502,7 @@ _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {
     "queued": ("queued_s", float),
     "reason": ("reason", str),
     "attached": ("attached", Node),
+    "steps_done": ("steps_done", int),
     "attempts": ("attempts", lambda text: Attempt(int(text))),
 }
 _ATTEMPT: dict[str, tuple[str, Callable[[str], Any]]] = {

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from carriers import Node, nodes, until
+from carriers import Node, agree, content, nodes, take, until
 from integration.test_checkpoint import SHAPE, assert_is_step, at, expected, state_of
 from keepstep.agent import saving
 from keepstep.agent.carriers import Carriers
@@ -26,10 +26,13 @@ from keepstep.core.clock import SystemClock
 from keepstep.core.errors import KeepstepError, Refused, Unreachable
 from keepstep.core.ids import Attempt
 from keepstep.core.layout import Layout, local_ranks
+from keepstep.core.snapshots import Stamp
 from keepstep.llama.checkpoint import CorruptCheckpoint, load
 from keepstep.llama.job import TrainJob
 from keepstep.llama.memory import Snapshots
 from keepstep.session import Session
+from keepstep.session.carrier import Carrier
+from keepstep.session.slots import Slots
 
 LAYOUT, STEP = Layout(dp=2, pp=2, tp=2), 20
 JOB: dict[str, Any] = {
@@ -186,3 +189,41 @@ def test_a_folder_that_was_taken_over_is_left_alone(held: list[Node], tmp_path: 
     assert not (folder / FOLDER / MANIFEST).exists()
     assert ask(held[0], "seal", folder, **{**written, "after": 2}) == {"complete": True}
     until(lambda: complete(folder) == [True], "the checkpoint")
+
+
+def test_a_script_finds_its_stored_state_where_memory_would_have_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    with nodes(tmp_path, "a", "b") as found:
+        ranks = [found[k].slots(k, world=2, attempt=1) for k in range(2)]
+        agree(*ranks)
+        assert all(take(slots, STEP) for slots in ranks)
+        files: dict[str, Any] = {}
+        for k, node in enumerate(found):
+            files |= ask(node, "write", folder, ranks=[k], world=2)["files"]
+        more = {"files": files, "about": {}, "layout": {"dp": 2}, "after": 1, "keep": 1}
+        (folder / folder_name(at(10))).mkdir()
+        for step in (10, STEP):  # the older one goes when the newer one is there
+            ask(found[0], "seal", folder, **{**more, "files": files if step == STEP else {}, "at": [1, step]})
+        assert [one.at.step for one in inventory(folder)] == [STEP]
+    with nodes(tmp_path / "later", "a", "b") as found:
+        request = {"do": "prepare", "attempt": 2, "lineage": [[1, 0, 0], [2, 1, STEP]], "memory": None}
+        request["saved"] = str(folder / FOLDER)
+        found[1].ask(**request, world=2, ranks=[1])
+        assert found[1].ask(do="begun")["begun"] == {"world": 2, "at": [1, STEP]}
+        carrier = Carrier(found[1].directory)
+        state = Slots.states(carrier, [1], 2, Stamp(1, STEP))[0]
+        assert bytes(state.payload) == content(1, STEP)
+        carrier.close()
+        slots = Slots.open(
+            {"KEEPSTEP_CARRIER": str(found[1].directory)}, rank=1, world=2, attempt=2,
+            description_max=state.shape.description_max, payload_max=state.shape.payload_max,
+        )  # fmt: skip
+        assert slots is not None
+        assert slots.resume(STEP), "the rank goes on in the slots that it was restored from"
+        slots.close()
+        found[0].ask(**request, world=4, ranks=[0, 1])
+        assert found[0].ask(do="begun")["begun"] is None, "a script's state is cut by nobody"
+        assert "was stored of 2 ranks" in found[0].ask(do="held")["trouble"]
+        (folder / FOLDER / "rank-00000.slot").write_bytes(b"torn")
+        with pytest.raises(Refused, match=r"rank-00000\.slot has 4 bytes"):
+            found[0].ask(**request, world=2, ranks=[0])

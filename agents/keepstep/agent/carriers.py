@@ -20,8 +20,10 @@ from keepstep.agent.carrier.__main__ import LOG, STATE
 from keepstep.agent.carrier.server import SOCKET
 from keepstep.agent.folder import Folder
 from keepstep.agent.rank import lines, processes
+from keepstep.core.checkpoints import Point, folder_name
 from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, Refused, TimedOut, Unreachable
+from keepstep.core.ids import Attempt, Step
 from keepstep.core.layout import Layout
 from keepstep.wire.messages import Held, Keep, Launch, SnapshotStatus
 
@@ -65,7 +67,7 @@ class Carriers:
     async def prepare(self, launch: For, address: str) -> None:
         """What this attempt's ranks will need of earlier ones is here, if there is a carrier.
 
-        Errors: KeepstepError when a state that is to be restored from memory cannot be had.
+        Errors: KeepstepError when a state that is to be restored by way of memory cannot be had.
         """
         if not launch.secret:
             return
@@ -73,14 +75,14 @@ class Carriers:
         request = {
             "do": "prepare", "attempt": launch.attempt, "world": launch.world_size,
             "ranks": list(launch.ranks), "lineage": [list(branch) for branch in launch.lineage],
-            "memory": _memory(launch),
+            "memory": _memory(launch), "saved": _saved(launch),
         }  # fmt: skip
         try:
             await self._ensure(carrier)
             await self._meet(carrier, launch)
             await self._ask(carrier, request, within_s=_PREPARE_S)
         except KeepstepError as error:
-            if launch.memory is not None:
+            if launch.memory is not None or _saved(launch):
                 raise
             self._trouble(launch.job, carrier, str(error))
 
@@ -286,6 +288,17 @@ def _memory(launch: For) -> dict[str, Any] | None:
         "at": list(launch.restore),
         "wanted": [[rank, list(memory.holders[rank])] for rank in sorted(wanted)],
     }
+
+
+def _saved(launch: For) -> str:
+    """The folder of a script's state that was stored from memory; "": there is none to begin from."""
+    if not isinstance(launch, Launch) or launch.run.get("kind") != "command":
+        return ""
+    if launch.restore is None or launch.memory is not None:
+        return ""
+    attempt, step = launch.restore
+    at = Point(attempt=Attempt(attempt), step=Step(step))
+    return str(Path(launch.checkpoint["dir"]) / folder_name(at))
 
 
 def _start(directory: Path, address: str) -> None:

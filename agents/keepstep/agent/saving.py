@@ -1,12 +1,13 @@
 """A state that is in memory becomes a checkpoint: each node writes what it holds, one of them completes it.
 
 save  stage: write    job, dir, at, ranks, world, lineage -> {complete} or {files, about}
-             seal     job, dir, at, after, layout, files, about -> {complete: true}
+             seal     job, dir, at, after, layout, files, about, keep -> {complete: true}
              discard  dir, at -> {}
 
 `dir` is the job's folder, `at` (attempt, step) names the checkpoint in it, and `after` is the newest attempt
 that the controller knows of: a folder that a later one has taken over is left alone. A manifest that is
-there already is the end of it, whoever wrote it.
+there already is the end of it, whoever wrote it. `keep`: of a script's states so many, the newest; None: the
+built-in trainer sees to it.
 """
 
 import asyncio
@@ -71,6 +72,18 @@ def _seal(folder: Path, at: Point, params: Mapping[str, Any]) -> None:
         data=values.get("data") or {}, torch=str(about.get("torch") or ""), form=SLOTS,
     )  # fmt: skip
     manifest.write(folder)
+    if params.get("keep"):
+        _retain(folder.parent, at, int(params["keep"]))
+
+
+def _retain(folder: Path, newest: Point, keep: int) -> None:
+    """Older states that were stored from memory; whatever else is there is somebody else's."""
+    older = [one.at for one in checkpoints.inventory(folder) if one.complete and one.at <= newest]
+    for at in sorted(older, reverse=True)[keep:]:
+        path = folder / checkpoints.folder_name(at)
+        if Manifest.read(path).form == SLOTS:
+            (path / MANIFEST).unlink(missing_ok=True)
+            _discard(path)
 
 
 def _discard(folder: Path) -> None:

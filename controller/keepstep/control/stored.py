@@ -85,6 +85,8 @@ class _Work:
     def __init__(self, fleet: Fleet, entry: Entry, order: Save, term: int, after: Attempt) -> None:
         self._fleet, self._order, self._term = fleet, order, term
         self._after = after
+        # The built-in trainer removes old checkpoints itself, whoever wrote them.
+        self._keep = None if entry.spec.run.kind == "llama" else entry.spec.checkpoint.keep
         lineage = [[link.attempt, link.parent, link.parent_step] for link in entry.lineage()]
         self._about = {
             "job": order.job, "dir": checkpoint_folder(entry.spec, order.job),
@@ -138,7 +140,9 @@ class _Work:
 
     async def _seal(self, writers: list[Node], files: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         layout = asdict(self._order.memory.layout)
-        more = {"files": files, "about": about, "layout": layout, "after": self._after}
+        more = {
+            "files": files, "about": about, "layout": layout, "after": self._after, "keep": self._keep,
+        }  # fmt: skip
         for k, node in enumerate(writers):
             try:
                 await self._ask(node, "seal", more)

@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,19 @@ class Saved:
 
     shape: Shape
     slot: Slot
-    description: dict[str, Any]
+    text: bytes  # the description
     payload: memoryview
+
+    @property
+    def description(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.text)
+        return found
+
+    @property
+    def roomy(self) -> Shape:
+        """Of a memory file for it, with room for a description that grows."""
+        room = max(1 << 16, 2 * len(self.text))
+        return replace(self.shape, description_max=room)
 
 
 def read(path: Path) -> Saved:
@@ -116,8 +127,8 @@ def read(path: Path) -> Saved:
             )  # fmt: skip
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     start, payload = shape.description_at(0), shape.payload_at(0)
-    description = json.loads(bytes(memory[start : start + slot.description_bytes]))
-    return Saved(shape, slot, description, memory[payload : payload + slot.payload_bytes])
+    text = bytes(memory[start : start + slot.description_bytes])
+    return Saved(shape, slot, text, memory[payload : payload + slot.payload_bytes])
 
 
 def sync(folder: Path) -> None:

@@ -15,7 +15,7 @@ from keepstep.core.ids import Node
 from keepstep.core.states import JobState
 from keepstep.decide.place import listed
 from keepstep.decide.plan import Collect, Dead, GiveUp, JobChange, Place, Policy, Requeue, Rest, Save, Wait
-from keepstep.decide.recover import keeps_checkpoints
+from keepstep.decide.recover import stores
 from keepstep.decide.restore import RestorePoint, memory_point, restore_point
 from keepstep.decide.view import JobView
 
@@ -27,7 +27,7 @@ def saved_first(job: JobView, change: JobChange | None, policy: Policy) -> JobCh
     if unsure and (staying is not None or isinstance(change, Collect)):
         reason = f"asks {listed(unsure)} what it holds now of ranks whose own memory is gone"
         return Wait(job=job.id, reason=reason, due_s=policy.collect_within_s)
-    if change is None or staying is None or not job.held or not keeps_checkpoints(job):
+    if change is None or staying is None or not job.held or not stores(job):
         return change
     point = memory_point(job.lineage, job.held, job.spec.parallelism)
     if point.at is None or point.memory is None or point.at.step <= _stored_step(job):

@@ -1,7 +1,9 @@
 """Hugging Face's Trainer with its states in memory only: dropout, shuffling, a scheduler."""
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,27 +32,28 @@ class Killer(TrainerCallback):  # type: ignore[misc]
             os.kill(os.getpid(), 9)
 
 
-config = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    attention_dropout=0.1,
-)  # fmt: skip
-torch.manual_seed(0)
-model = LlamaForCausalLM(config)
-arguments = TrainingArguments(
-    output_dir=out, max_steps=steps, per_device_train_batch_size=2, save_strategy="no", logging_steps=10,
-    report_to=[], use_cpu=True, dataloader_num_workers=0, seed=1, learning_rate=0.01, warmup_steps=5,
-)  # fmt: skip
+def trained(resume_from: str | None, *callbacks: TrainerCallback) -> tuple[int, float]:
+    """Steps, and what the weights add up to."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        attention_dropout=0.1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    arguments = TrainingArguments(
+        output_dir=out, max_steps=steps, per_device_train_batch_size=2, save_strategy="no", logging_steps=10,
+        report_to=[], use_cpu=True, dataloader_num_workers=0, seed=1, learning_rate=0.01, warmup_steps=5,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=Numbers(), callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=resume_from)
+    return trainer.state.global_step, float(sum(p.detach().double().sum() for p in model.parameters()))
+
+
 snapshots = SnapshotCallback()
 found = snapshots.checkpoint()
-trainer = Trainer(model=model, args=arguments, train_dataset=Numbers(), callbacks=[snapshots, Killer()])
-began = 0
-if found is not None:
-    import json
-    from pathlib import Path
-
-    began = json.loads((Path(found) / "trainer_state.json").read_text())["global_step"]
-trainer.train(resume_from_checkpoint=found)
-if trainer.is_world_process_zero():
-    total = float(sum(p.detach().double().sum() for p in model.parameters()))
-    print(f"began at {began}, done at {trainer.state.global_step}, weights {total:.12f}", flush=True)
-    assert found is None or not Path(found).exists()
+began = json.loads((Path(found) / "trainer_state.json").read_text())["global_step"] if found else 0
+done, total = trained(found, snapshots, Killer())
+assert found is None or not Path(found).exists()
+_, undisturbed = trained(None)
+if os.environ["RANK"] == "0":
+    print(f"began at {began}, done at {done}: {total:.12f}, undisturbed {undisturbed:.12f}", flush=True)

@@ -38,8 +38,9 @@ class Resumable(DataLoader[Any]):
 
 
 class Model(lightning.LightningModule):  # type: ignore[misc]
-    def __init__(self) -> None:
+    def __init__(self, kill_at: int) -> None:
         super().__init__()
+        self.kill_at = kill_at
         self.layers = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.2), nn.ReLU(), nn.Linear(32, 1))
         self.began = 0
 
@@ -48,7 +49,7 @@ class Model(lightning.LightningModule):  # type: ignore[misc]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
         inputs, targets = batch
-        if self.global_step + 1 == kill_at and self.began == 0 and self.global_rank == 1:
+        if self.global_step + 1 == self.kill_at and self.began == 0 and self.global_rank == 1:
             os.kill(os.getpid(), 9)
         loss: torch.Tensor = (self.layers(inputs) - targets).square().mean()
         return loss
@@ -59,20 +60,28 @@ class Model(lightning.LightningModule):  # type: ignore[misc]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-lightning.seed_everything(0)
-inputs = torch.randn(64, 16)
-data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-loader = Resumable(data, batch_size=4, sampler=DistributedSampler(data, world, rank, shuffle=True))
-snapshots = SnapshotCallback()
-trainer = lightning.Trainer(
-    max_steps=steps, accelerator="cpu", devices=2, strategy="ddp", callbacks=[snapshots], logger=False,
-    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    use_distributed_sampler=False,
-)  # fmt: skip
-model, found = Model(), snapshots.checkpoint()
-trainer.fit(model, loader, ckpt_path=found)
-if trainer.is_global_zero:
+def trained(resume_from: str | None, *callbacks: lightning.Callback) -> tuple[int, int, float]:
+    """At which step it began and ended, and what the weights add up to."""
+    lightning.seed_everything(0)
+    inputs = torch.randn(64, 16)
+    data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    loader = Resumable(data, batch_size=4, sampler=DistributedSampler(data, world, rank, shuffle=True))
+    trainer = lightning.Trainer(
+        max_steps=steps, accelerator="cpu", devices=2, strategy="ddp", callbacks=list(callbacks),
+        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    model = Model(kill_at if callbacks else 0)
+    trainer.fit(model, loader, ckpt_path=resume_from)
     total = sum(p.detach().double().sum().item() for p in model.parameters())
-    print(f"began at {model.began}, done at {trainer.global_step}, weights {total:.12f}", flush=True)
-    assert found is None or not Path(found).exists()
+    return model.began, trainer.global_step, total
+
+
+snapshots = SnapshotCallback()
+found = snapshots.checkpoint()
+began, done, total = trained(found, snapshots)
+assert found is None or not Path(found).exists()
+*_, undisturbed = trained(None)
+if os.environ["RANK"] == "0":
+    print(f"began at {began}, done at {done}: {total:.12f}, undisturbed {undisturbed:.12f}", flush=True)

@@ -1,19 +1,21 @@
-"""What a carrier holds of a state, written into the job's checkpoint folder.
+"""What a carrier holds of a state, written into the job's checkpoint folder; and a script's, read from there.
 
 Only ever asked for when no rank is left, so nothing overwrites what is read here. It is written on a thread:
-ranks of other nodes and the agent are answered meanwhile.
+ranks of other nodes and the agent are answered meanwhile. The built-in trainer reads such checkpoints itself,
+in any layout; a script finds its state where it would be if nobody had been lost.
 """
 
 import asyncio
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from keepstep.agent.carrier.book import Book, Key
-from keepstep.agent.carrier.memory import Memory
+from keepstep.agent.carrier.memory import BLOCK, Memory
 from keepstep.core.errors import InputError, NotFound
-from keepstep.core.manifest import File
-from keepstep.core.slotfile import Source, name_of
+from keepstep.core.manifest import File, Manifest, corrupt
+from keepstep.core.slotfile import Saved, Source, name_of, read
 from keepstep.core.snapshots import Slot, Stamp
 
 _PLACES = frozenset({"pieces", "tensors", "tree"})  # of a description: what a manifest does not repeat
@@ -36,6 +38,36 @@ async def save(book: Book, request: dict[str, Any]) -> dict[str, Any]:
         files[name_of(int(rank))] = [file.bytes, file.xxh3]
         about = source
     return {"files": files, "about": about}
+
+
+async def load(book: Book, request: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The states of this node's ranks into their slots: what the attempt begins from, else why it does not.
+
+    Errors: InputError, CorruptCheckpoint.
+    """
+    folder, world = Path(request["saved"]), int(request["world"])
+    ranks = [int(rank) for rank in request["ranks"]]
+    manifest = await asyncio.to_thread(Manifest.read, folder)
+    count = math.prod(manifest.layout.values())
+    if count != world:
+        return None, f"step {manifest.step} was stored of {count} ranks, and now there are {world}"
+    if damage := await asyncio.to_thread(manifest.damage, folder, [name_of(rank) for rank in ranks]):
+        raise corrupt(folder, damage)
+    at = Stamp(manifest.attempt, manifest.step)
+    for rank in ranks:
+        saved = await asyncio.to_thread(read, folder / name_of(rank))
+        memory = book.made(book.own, saved.roomy)
+        memory.stamp([None] * len(memory.stamps))
+        await asyncio.to_thread(_fill, memory, saved)
+    book.restored(world)
+    return {"world": world, "at": list(at)}, ""
+
+
+def _fill(memory: Memory, saved: Saved) -> None:
+    os.pwrite(memory.descriptor, saved.text, memory.shape.description_at(0))
+    for start in range(0, len(saved.payload), BLOCK):
+        os.pwrite(memory.descriptor, saved.payload[start : start + BLOCK], memory.shape.payload_at(0) + start)
+    memory.write_slot(0, saved.slot)
 
 
 async def _stored(book: Book, key: Key, at: Stamp, folder: Path) -> tuple[dict[str, Any], File]:

@@ -21,7 +21,7 @@ from typing import Any
 from keepstep.agent.carrier.book import Book
 from keepstep.agent.carrier.frames import shape_of
 from keepstep.agent.carrier.memory import Memory
-from keepstep.agent.carrier.saving import save
+from keepstep.agent.carrier.saving import load, save
 from keepstep.agent.carrier.streams import Peers, Streams, attend
 from keepstep.agent.rank import lines
 from keepstep.core.clock import Clock
@@ -196,6 +196,8 @@ class Server:
         memory = request.get("memory")
         if memory is None:
             book.clear()
+            if request.get("saved"):
+                self._begun, self._trouble = await load(book, request)
         else:
             world, at = int(memory["world"]), Stamp(*map(int, memory["at"]))
             wanted = [(int(rank), [str(node) for node in nodes]) for rank, nodes in memory["wanted"]]
