@@ -207,6 +207,25 @@ def test_a_script_goes_on_from_memory_alone(start: Start) -> None:
     assert said[0].split("weights")[1] == said[1].split("weights")[1]
 
 
+def test_a_suspended_script_comes_back_from_what_was_stored_of_its_memory(start: Start) -> None:
+    cluster = start(nodes=2, slots=1)
+    folder = Path(__file__).parent / "scripts"
+    spec = SCRIPT.format(python=sys.executable, folder=folder, kill_at=0).replace('"40"', '"100000"')
+    job = cluster.submit(spec, f"checkpoint.dir={cluster.home.path}/stored")
+    cluster.wait_step(job, 20)
+    cluster.client.post(f"/jobs/{job}/suspend", {"reason": "test"})
+    cluster.wait_state(job, "suspended")
+    cluster.until(lambda: not list(cluster.home.nodes.glob(f"*/carrier/{job}/*.sock")), "carriers to end")
+    cluster.client.post(f"/jobs/{job}/resume", {"reason": "test"})
+    told = cluster.wait_step(job, 21, attempt=2)
+    assert told["attempt"]["restore"], cluster.story(job)
+    assert not from_memory(told["attempt"])
+    assert int(told["attempt"]["restore"]["step"]) >= 20
+    logs = cluster.home.nodes.glob(f"*/jobs/{job}/2/rank-0.log")
+    began = [line for log in logs for line in log.read_text().splitlines() if line.startswith("goes on")]
+    assert began == [f"goes on from {told['attempt']['restore']['step']}"]
+
+
 def test_never_means_never(start: Start) -> None:
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY, "checkpoint.snapshot_every=never")

@@ -37,14 +37,15 @@ savings = st.none() | st.builds(
 )
 
 
-def change_to(where: frozenset[Node] | None) -> JobChange:
+def change_to(where: frozenset[Node] | None, newest: int = -1) -> JobChange:
+    restore = Stored(attempt=Attempt(1), step=Step(newest)) if newest >= 0 else None
     if where is None:
         return GiveUp(job=JobId("j"), reason="its budget")
     if not where:
         return Requeue(job=JobId("j"), reason="nodes are lacking", wait_s=0.0)
     return Place(
         job=JobId("j"), reason="", attempt=Attempt(2), nodes=tuple(sorted(where)), layout=Layout(tp=2),
-        link=Link(attempt=Attempt(2)), restore=None, rung="spare",
+        link=Link(attempt=Attempt(2)), restore=restore, rung="spare",
     )  # fmt: skip
 
 
@@ -70,9 +71,9 @@ def test_what_only_those_have_who_are_let_go_of_is_stored_first(
         attempts=1, lineage=(Link(attempt=Attempt(1)),), kept=tuple(held), checkpoint_step=stored,
         saving=saving,
     )  # fmt: skip
-    wanted = change_to(where)
-    came = saved_first(job, wanted, POLICY)
     newest = max(whole(held, set(NODES)), default=-1)
+    wanted = change_to(where, newest)
+    came = saved_first(job, wanted, POLICY)
     risked = newest > stored and newest not in whole(held, set(where or ()))
     tried = saving is not None and saving.at.step == newest
     over = saving is not None and tried and bool(saving.done or saving.error or saving.age_s >= 300)

@@ -62,8 +62,9 @@ async def save(
     try:
         async with asyncio.timeout(order.within_s):
             by = await work.run()
-        kind, text = "saved", f"step {at.step} is stored from memory, written by {listed(by)}"
-        error = ""
+        kind, text, error = "saved", f"step {at.step} is stored from memory, written by {listed(by)}", ""
+        if not by:
+            text = f"step {at.step} was stored already"
     except (KeepstepError, TimeoutError, LookupError, TypeError, ValueError) as problem:
         slow = f"it took longer than {order.within_s:g} s"
         error = slow if isinstance(problem, TimeoutError) else str(problem) or repr(problem)
@@ -101,7 +102,7 @@ class _Work:
         )
 
     async def run(self) -> list[Node]:
-        """Who wrote it. Errors: whatever the last holder of a rank could not do."""
+        """Who wrote it; nobody if it was there. Errors: what the last holder of a rank could not do."""
         left = {rank: list(nodes) for rank, nodes in enumerate(self._order.memory.holders)}
         files: dict[str, Any] = {}
         about: dict[str, Any] = {}
@@ -119,7 +120,7 @@ class _Work:
                         left[rank].pop(0)
                     continue
                 if answer.get("complete"):
-                    return [node]
+                    return []
                 files |= answer["files"]
                 about = answer["about"]
                 writers[node] = None

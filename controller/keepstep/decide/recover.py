@@ -93,8 +93,8 @@ def begin(
     rejected: tuple[Rejected, ...] = (),
 ) -> Place | Collect | Wait:
     """Place the next attempt, once it is known what it restores."""
-    point = memory_point(job.lineage, job.held, job.spec.parallelism)
-    if not _serves(job, point, placement.layout):
+    point = _in_memory(job, placement.layout)
+    if not _serves(job, point):
         if needs_inventory(job):
             return collect(job, view, held, policy)
         point = _stored(job, point)
@@ -115,16 +115,25 @@ def begin(
     )
 
 
-def _serves(job: JobView, point: RestorePoint, layout: Layout) -> bool:
-    """Whether a state in memory is known to be as new as anything stored, and fits the layout.
+def _in_memory(job: JobView, layout: Layout) -> RestorePoint:
+    """The newest state in memory that the layout can begin from: a script's is cut anew by nobody."""
+    point = memory_point(job.lineage, job.held, job.spec.parallelism)
+    if point.at is None or point.memory is None or job.spec.run.kind == "llama":
+        return point
+    if point.memory.layout == layout:
+        return point
+    return RestorePoint(at=None, reason=f"step {point.at.step} is in memory as {point.memory.layout}")
+
+
+def _serves(job: JobView, point: RestorePoint) -> bool:
+    """Whether a state in memory is known to be as new as anything stored.
 
     Every attempt began from the newest state that there was, so only the last one can have stored a newer
-    one. Only the built-in trainer's states can be cut anew.
+    one.
     """
     if point.at is None or point.memory is None:
         return False
-    fits = job.spec.run.kind == "llama" or point.memory.layout == layout
-    return fits and point.at.step >= max(job.checkpoint_step, job.lineage[-1].parent_step)
+    return point.at.step >= max(job.checkpoint_step, job.lineage[-1].parent_step)
 
 
 def _stored(job: JobView, memory: RestorePoint) -> RestorePoint:

@@ -5,8 +5,9 @@ and with them go the only copies of steps that no checkpoint has. So such a chan
 state that is whole in memory is stored, if it is newer than what is known to be stored. It waits within a
 bound and tries once: a storage that is full or gone makes a job no worse off than it was without.
 
-A restart whose own nodes hold all of the state waits for nothing. But spares that keep copies are asked anew
-when the attempt is dead, if a rank's own memory is gone: what they last said may have been replaced since.
+A restart from that state, on nodes that hold all of it, waits for nothing. But spares that keep copies are
+asked anew when the attempt is dead, if a rank's own memory is gone: what they last said may have been replaced
+since.
 """
 
 from collections.abc import Collection
@@ -32,7 +33,8 @@ def saved_first(job: JobView, change: JobChange | None, policy: Policy) -> JobCh
     point = memory_point(job.lineage, job.held, job.spec.parallelism)
     if point.at is None or point.memory is None or point.at.step <= _stored_step(job):
         return change
-    if _whole(job, point, staying):
+    restored = not isinstance(change, Place) or change.restore == point.at
+    if restored and _whole(job, point, staying):
         return change
     saving = job.saving
     if saving is None or saving.at != point.at:
@@ -64,10 +66,12 @@ def _unsure(job: JobView) -> list[Node]:
 
 
 def _giving_up(job: JobView, change: JobChange) -> str:
-    if isinstance(change, Place):
-        gone = sorted({one.node for one in job.kept} - {*change.nodes, *change.spares})
-        return f"{listed(gone)}, which has a part of it that others have not, is let go of"
-    return "its nodes are let go of"
+    if not isinstance(change, Place):
+        return "its nodes are let go of"
+    gone = sorted({one.node for one in job.kept} - {*change.nodes, *change.spares})
+    if not gone:
+        return "the job begins from elsewhere"
+    return f"{listed(gone)}, which has a part of it that others have not, is let go of"
 
 
 def _stored_step(job: JobView) -> int:
