@@ -6,8 +6,8 @@ state that is whole in memory is stored, if it is newer than what is known to be
 bound and tries once: a storage that is full or gone makes a job no worse off than it was without.
 
 A restart from that state, on nodes that hold all of it, waits for nothing. But spares that keep copies are
-asked anew when the attempt is dead, if a rank's own memory is gone: what they last said may have been replaced
-since.
+asked anew when the attempt is dead, if a rank's own memory is gone: what they said before may have been
+replaced since.
 """
 
 from collections.abc import Collection
