@@ -66,9 +66,9 @@ class Node:
         """rank, attempt, step, own"""
         return {(rank, a, s, own) for rank, _, a, s, own in self.ask(do="held")["held"]}
 
-    def meet(self, *others: "Node", buddy: str = "", key: str = "s") -> None:
+    def meet(self, *others: "Node", buddy: str = "", key: str = "s", bytes_max: int | None = None) -> None:
         addresses = {other.name: ["127.0.0.1", other.port] for other in others}
-        self.ask(do="peers", addresses=addresses, buddy=buddy, secret=key, bytes_max=None)
+        self.ask(do="peers", addresses=addresses, buddy=buddy, secret=key, bytes_max=bytes_max)
 
     def prepare(
         self, attempt: int, parents: dict[int, tuple[int, int]], ranks: list[int], *, world: int,

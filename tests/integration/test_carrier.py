@@ -126,6 +126,17 @@ def test_what_is_not_sealed_is_not_overwritten(pair: list[Node]) -> None:
     assert taken == [1, 2, 3]
 
 
+def test_a_buddy_without_memory_is_none(pair: list[Node]) -> None:
+    """A rank goes on, and is not held up by copies that nobody can keep."""
+    a, b = pair
+    b.meet(a, b, bytes_max=1 << 20)
+    slots = a.slots(0, world=2, attempt=1)
+    agree(slots)
+    assert take(slots, 1)
+    protect(slots, step=1)
+    assert b.held() == set()
+
+
 def test_a_corrupt_slot_is_refused_and_the_copy_is_used(pair: list[Node]) -> None:
     a, b = pair
     ranks = [a.slots(0, world=2, attempt=1), b.slots(1, world=2, attempt=1)]

@@ -2,7 +2,7 @@
 
 Two things take time: the copy, for which the rank stands still, and sending it to the buddy, which takes the
 network and both nodes' processors while ranks compute. Measured is the least of the last few, so that what a
-busy machine adds does not count; below what one can measure no cost is worth a rarer snapshot.
+busy machine adds does not count; below the floors it is latency more than work, not worth a rarer snapshot.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 STALL_SHARE = 0.05  # of a rank's time, at most
 SEND_SHARE = 0.5  # of the time in which copies are on their way to the buddy, at most
-STALL_FLOOR_S, SEND_FLOOR_S = 0.002, 0.02
+STALL_FLOOR_S, SEND_FLOOR_S = 0.002, 0.05
 STEPS_MAX = 1000
 _KEPT = 8
 

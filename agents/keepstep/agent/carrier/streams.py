@@ -26,8 +26,13 @@ _OPEN_S = 5.0
 _QUIET_S = 10.0  # without a byte from the other side in the middle of something
 _RETRY_S = 0.2
 _LOST_S = 5.0  # then it is no buddy
+_SMALL_S = 30.0  # a node that has no memory for copies is asked again so often
 _AGAIN_S = 0.05  # a buddy without a free slot has one as soon as a newer state is sealed
 _SECRETS_KEPT = 2  # a controller's restart renews them, on one node before the other
+
+
+class _TooSmall(Refused):
+    """The buddy has too little memory: as good as none."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +76,10 @@ class Streams:
             try:
                 with contextlib.closing(await self._connect(address)) as peer:
                     await self._serve(peer, buddy, address)
+            except _TooSmall as error:
+                _log.warning("%s keeps no copies: %s", buddy, error)
+                self._tell_alone()
+                await asyncio.sleep(_SMALL_S)
             except (KeepstepError, OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
                 self._unreachable(buddy, error)
                 await self._wait(_RETRY_S)
@@ -105,6 +114,8 @@ class Streams:
             if answer.get("ok"):
                 self._sent[key] = at
                 memory.acknowledge(at)
+            elif answer.get("small"):
+                raise _TooSmall("the buddy has no memory for a snapshot", why=str(answer.get("error")))
             elif not answer.get("full"):
                 raise Refused("the buddy refused a snapshot", why=str(answer.get("error")))
             room = room and bool(answer.get("ok"))
@@ -239,12 +250,19 @@ async def _answer(
 async def _take(peer: socket.socket, frame: dict[str, Any], book: Book) -> dict[str, Any]:
     at = Stamp(int(frame["attempt"]), int(frame["step"]))
     sealed = Stamp(*frame["sealed"]) if frame.get("sealed") else None
+    memory = None
     try:
         memory = book.made(book.copies, frames.shape_of(frame))
         number = book.slot_for(memory, at, sealed)
     except Refused as error:
         await frames.skip(peer, frame)
-        return {"ok": False, "error": str(error), "full": at.attempt >= book.attempt}
+        full = at.attempt >= book.attempt
+        return {
+            "ok": False,
+            "error": str(error),
+            "full": full and memory is not None,
+            "small": memory is None,
+        }
     if sealed is not None:
         memory.seal(sealed)
         if sealed.attempt == book.attempt:
