@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import mmap
 import os
+import platform
 import resource
 import select
 import threading
@@ -77,9 +78,9 @@ def ask(node: Node, stage: str, folder: Path, **more: Any) -> dict[str, Any]:
     carriers = Carriers(agent, SystemClock(), bytes_max=None, changed=lambda: None, tell=lambda *_: None)
     params = {
         "stage": stage, "job": "job", "dir": str(folder), "at": [1, STEP], "world": 8,
-        "lineage": [[1, 0, 0]], **more,
+        "lineage": [[1, 0, 0]], "within_s": 60.0, **more,
     }  # fmt: skip
-    return asyncio.run(saving.save(params, carriers, within_s=60.0))
+    return asyncio.run(saving.save(params, carriers))
 
 
 def write(held: list[Node], folder: Path) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def test_a_full_storage_leaves_nothing_behind(held: list[Node], tmp_path: Path) 
 def test_a_carrier_that_is_killed_in_the_middle_completes_nothing(held: list[Node], tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / FOLDER).mkdir(parents=True)
-    draft = folder / FOLDER / f".rank-00001.slot.{held[0].pid}"
+    draft = folder / FOLDER / f".rank-00001.slot.{platform.node()}.{held[0].pid}"
     os.mkfifo(draft)  # a storage that takes what one reads from it
     failed: list[Exception] = []
 

@@ -30,7 +30,6 @@ _WAIT_MAX_S = 60.0
 _LOOK_S = 0.1
 _TAIL_MAX = 100_000
 _ERROR_LINES = 50
-_SAVE_MAX_S = 3600.0  # the asker has a bound of its own; states of hundreds of gigabytes take long
 _CHECKPOINTS_MAX = 20_000
 
 
@@ -44,8 +43,7 @@ async def answer(query: Query, launches: Launches, clock: Clock) -> Answer:
             case "evidence":
                 data = await inquiry.gather(query.params, launches)
             case "save":
-                carriers = launches.around.carriers
-                data = await saving.save(query.params, carriers, within_s=_SAVE_MAX_S)
+                data = await saving.save(query.params, launches.around.carriers)
             case _:
                 raise InputError(f"this agent does not know the question {query.kind!r}")
     except (KeepstepError, OSError, ValueError, TypeError, LookupError, re.error) as error:

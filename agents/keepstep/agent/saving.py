@@ -1,6 +1,6 @@
 """A state that is in memory becomes a checkpoint: each node writes what it holds, one of them completes it.
 
-save  stage: write    job, dir, at, ranks, world, lineage -> {complete} or {files, about}
+save  stage: write    job, dir, at, ranks, world, lineage, within_s -> {complete} or {files, about}
              seal     job, dir, at, after, layout, files, about, keep -> {complete: true}
              discard  dir, at -> {}
 
@@ -24,7 +24,7 @@ from keepstep.core.ids import Attempt, Step
 from keepstep.core.manifest import SLOTS, File, Manifest
 
 
-async def save(params: Mapping[str, Any], carriers: Carriers, *, within_s: float) -> dict[str, Any]:
+async def save(params: Mapping[str, Any], carriers: Carriers) -> dict[str, Any]:
     """Errors: InputError, Refused, Unreachable (no carrier), OSError (the storage)."""
     attempt, step = (int(number) for number in params["at"])
     at = Point(step=Step(step), attempt=Attempt(attempt))
@@ -44,6 +44,7 @@ async def save(params: Mapping[str, Any], carriers: Carriers, *, within_s: float
             return {"complete": True}
         case "write":
             request = {name: params[name] for name in ("at", "ranks", "world", "lineage")}
+            within_s = float(params["within_s"])
             return await carriers.save(str(params["job"]), {"dir": str(folder), **request}, within_s=within_s)
         case "seal":
             await asyncio.to_thread(_seal, folder, at, params)

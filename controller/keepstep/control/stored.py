@@ -167,7 +167,7 @@ class _Work:
         self, node: Node, stage: str, more: Mapping[str, Any], within_s: float | None = None
     ) -> Any:
         bound_s = self._order.within_s if within_s is None else within_s
-        params = {**self._about, **more, "stage": stage}
+        params = {**self._about, **more, "stage": stage, "within_s": bound_s}
         try:
             return await self._fleet.ask(node, "save", params, term=self._term, within_s=bound_s)
         except TimedOut:

@@ -54,8 +54,10 @@ class Source:
         found: dict[str, Any] = json.loads(data)
         return found
 
-    def write(self, folder: Path, at: Stamp) -> File:
+    def write(self, folder: Path, at: Stamp, *, by: str) -> File:
         """Store it, stamped `at`. Whole or not there; synced, but for the folder.
+
+        `by`: a name of the writer that no other has, on whatever machine; it does one at a time.
 
         Errors: OSError (a full disk), InputError for a slot that is not what was summed when it was taken.
         """
@@ -72,7 +74,7 @@ class Source:
             page[start : start + len(data)] = data
         content, whole = snapshots.digest(self.slot.algorithm), snapshots.digest("xxh3")
         path = folder / name_of(shape.rank)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft = path.with_name(f".{path.name}.{by}")
         try:
             with draft.open("wb", buffering=0) as file:
                 _write(file.fileno(), page)

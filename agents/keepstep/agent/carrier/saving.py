@@ -8,6 +8,7 @@ in any layout; a script finds its state where it would be if nobody had been los
 import asyncio
 import math
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ async def save(book: Book, request: dict[str, Any]) -> dict[str, Any]:
         files[name_of(int(rank))] = [file.bytes, file.xxh3]
         about = source
     return {"files": files, "about": about}
+
+
+def writer() -> str:
+    """What drafts of this carrier are called: process numbers repeat in containers, names of hosts do not."""
+    return f"{platform.node()}.{os.getpid()}"
 
 
 async def load(book: Book, request: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -77,7 +83,7 @@ async def _stored(book: Book, key: Key, at: Stamp, folder: Path) -> tuple[dict[s
         descriptor = os.dup(memory.descriptor)  # the file may be given up meanwhile
         try:
             source = Source(descriptor, memory.shape, number, slot)
-            file = await asyncio.to_thread(source.write, folder, at)
+            file = await asyncio.to_thread(source.write, folder, at, by=writer())
             about = {name: value for name, value in source.description.items() if name not in _PLACES}
         except InputError as error:
             damaged = error

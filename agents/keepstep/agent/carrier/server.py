@@ -45,6 +45,7 @@ class Server:
         self._begun: dict[str, Any] | None = None  # the state that the present attempt begins from
         self._trouble = ""  # why ranks of the present attempt keep no snapshots
         self._connections = 0
+        self._saving = asyncio.Lock()
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -142,7 +143,8 @@ class Server:
             case "begun":
                 return {"begun": self._begun}, ()
             case "save":
-                return await save(self.book, request), ()
+                async with self._saving:  # who asks again has given up the first
+                    return await save(self.book, request), ()
             case "prepare":
                 await self._prepare(request)
             case "peers":
