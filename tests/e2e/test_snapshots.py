@@ -207,6 +207,25 @@ def test_a_script_goes_on_from_memory_alone(start: Start) -> None:
     assert said[0].split("weights")[1] == said[1].split("weights")[1]
 
 
+def test_a_node_that_is_drained_leaves_what_only_it_has_in_storage(start: Start, undisturbed: Curve) -> None:
+    """Its ranks have no time to save anything, and nobody has copies."""
+    cluster = start(nodes=2, slots=4, return_after_s=120.0)
+    changes = "resources.nodes=1", "resources.gpus_per_node=4", "run.llama.steps=2000", "run.stop.grace=0s"
+    job = cluster.submit(TINY, *changes, "checkpoint.every=1000 steps")
+    [node] = cluster.wait_step(job, 6)["attempt"]["nodes"]
+    os.kill(cluster.agent_pid(node), signal.SIGINT)
+    told = cluster.wait_step(job, 7, attempt=2)
+    assert told["attempt"]["nodes"] != [node]
+    assert not from_memory(told["attempt"]), cluster.story(job)
+    assert told["attempt"]["restore"]["step"] >= 6, cluster.story(job)
+    assert max(replayed(cluster, job)) <= 1
+    cluster.client.post(f"/jobs/{job}/cancel", {"reason": "test"})
+    cluster.wait_state(job, "cancelled")
+    curve = undisturbed(TINY)
+    losses = cluster.losses(job)
+    assert {step: loss for step, loss in losses.items() if step in curve and loss != curve[step]} == {}
+
+
 def test_a_suspended_script_comes_back_from_what_was_stored_of_its_memory(start: Start) -> None:
     cluster = start(nodes=2, slots=1)
     folder = Path(__file__).parent / "scripts"

@@ -5,7 +5,8 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
 
     policy NAME=VALUE ...           bounds of the operator
     up SECONDS                      since this controller took its term (100 unless said)
-    node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering= away reset cordoned back]
+    node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering=]
+               [away reset leaving cordoned back]
     job ID [script] [nodes= gpus= dp= pp= spares= min_dp= priority= fenced ...] [state= wanted= wait= queued=]
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
@@ -166,7 +167,7 @@ class Scene:
         self.up_s = float(flags[0])
 
     def on_node(self, flags: list[str], said: Words) -> None:
-        marks = {"away", "reset", "left", "cordoned", "back"}
+        marks = {"away", "reset", "leaving", "left", "cordoned", "back"}
         for name in [flag for flag in flags if flag not in marks]:
             node = self.nodes.get(name) or NodeView(name=Node(name), pool="local", slots=2, ready_s=100.0)
             if "back" in said:
@@ -492,6 +493,7 @@ _NODE: dict[str, Callable[[str], tuple[str, Any]]] = {
     "lingering": lambda text: ("lingering", frozenset(map(JobId, filter(None, text.split(","))))),
     "away": lambda _: ("connected", False),
     "reset": lambda _: ("reset", True),
+    "leaving": lambda _: ("leaving", True),
     "left": lambda _: ("left", True),
     "cordoned": lambda _: ("cordoned", True),
 }

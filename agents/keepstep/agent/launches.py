@@ -224,14 +224,13 @@ class Launches:
         return max(numbers, default=None)
 
     async def end_all(self, reason: str, *, kill: bool = False) -> None:
-        """End every rank with the job's own grace, and wait until nothing is left."""
+        """End every rank with the job's own grace, and wait until nothing is left but what is in memory."""
         for attempt in self.living:
             grace = 0.0 if kill else preparation.read_run(attempt.launch.run).stop.grace_s
             attempt.stop(reason, grace)
         if tasks := [self._tasks[attempt.key] for attempt in self.living if attempt.key in self._tasks]:
             await asyncio.wait(tasks)
         await self.around.standbys.end_all()
-        await self.around.carriers.release(())
 
     def predecessors(self, job: str, number: int) -> list[Awaitable[Any]]:
         return [

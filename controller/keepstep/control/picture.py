@@ -209,6 +209,7 @@ def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
         silence_s=fleet.time.age(max(member.heard_at, member.acknowledged_at)),
         confirmed=member.confirmed,
         reset=member.reset,
+        leaving=member.session is not None and member.leaving and not _alive(member),
         left=member.session is None and member.leaving and not _alive(member),
         cordoned=member.cordoned,
         attached=next((e.job.id for e in book.entries.values() if e.job.attached_node == member.name), None),

@@ -75,6 +75,7 @@ async def save(
         entry.saving = present[0], replace(present[1], done=not error, error=error)
         if not error:
             entry.progress.checkpoint_step = max(entry.progress.checkpoint_step, at.step)
+            entry.inventory, entry.asked = None, {}  # there is more by now than was listed
     await tell(work.event(kind, text))
 
 

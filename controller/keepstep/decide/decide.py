@@ -82,8 +82,9 @@ class _Deciding:
         # Jobs that are under way come before jobs that wait: what they lose must not be given away first.
         served.sort(key=lambda job: job.state is JobState.QUEUED)
         changes: list[JobChange] = []
+        leaving = [node.name for node in self.view.nodes if node.leaving]
         for job in served:
-            change = saved_first(job, self._job(job), self.policy)
+            change = saved_first(job, self._job(job), self.policy, leaving)
             if change is not None:
                 changes.append(change)
             if isinstance(change, Place):

@@ -93,7 +93,7 @@ def begin(
     rejected: tuple[Rejected, ...] = (),
 ) -> Place | Collect | Wait:
     """Place the next attempt, once it is known what it restores."""
-    point = _in_memory(job, placement.layout)
+    point = _in_memory(job, placement.layout, view)
     if not _serves(job, point):
         if needs_inventory(job):
             return collect(job, view, held, policy)
@@ -115,9 +115,11 @@ def begin(
     )
 
 
-def _in_memory(job: JobView, layout: Layout) -> RestorePoint:
+def _in_memory(job: JobView, layout: Layout, view: View) -> RestorePoint:
     """The newest state in memory that the layout can begin from: a script's is cut anew by nobody."""
-    point = memory_point(job.lineage, job.held, job.spec.parallelism)
+    leaving = {node.name for node in view.nodes if node.leaving}
+    held = [one for one in job.held if one.node not in leaving]
+    point = memory_point(job.lineage, held, job.spec.parallelism)
     if point.at is None or point.memory is None or job.spec.run.kind == "llama":
         return point
     if point.memory.layout == layout:

@@ -21,9 +21,13 @@ from keepstep.decide.restore import RestorePoint, memory_point, restore_point
 from keepstep.decide.view import JobView
 
 
-def saved_first(job: JobView, change: JobChange | None, policy: Policy) -> JobChange | None:
-    """`change`, or what has to come before it."""
+def saved_first(
+    job: JobView, change: JobChange | None, policy: Policy, leaving: Collection[Node] = ()
+) -> JobChange | None:
+    """`change`, or what has to come before it. `leaving`: who ends its carriers whatever is decided."""
     staying = _staying(job, change)
+    if isinstance(change, Collect) and any(one.node in leaving for one in job.held):
+        staying = sorted({one.node for one in job.held})  # who leaves does not wait for an answer
     unsure = _unsure(job)
     if unsure and (staying is not None or isinstance(change, Collect)):
         reason = f"asks {listed(unsure)} what it holds now of ranks whose own memory is gone"
@@ -34,7 +38,7 @@ def saved_first(job: JobView, change: JobChange | None, policy: Policy) -> JobCh
     if point.at is None or point.memory is None or point.at.step <= _stored_step(job):
         return change
     restored = not isinstance(change, Place) or change.restore == point.at
-    if restored and _whole(job, point, staying):
+    if restored and _whole(job, point, [node for node in staying if node not in leaving]):
         return change
     saving = job.saving
     if saving is None or saving.at != point.at:

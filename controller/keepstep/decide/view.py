@@ -56,6 +56,7 @@ class NodeView:
     silence_s: float = 0.0  # since its last word; 0 while it talks
     confirmed: str = ""  # positive evidence that the node or its agent's processes are dead, or ""
     reset: bool = False  # its connection was reset or closed, rather than gone quiet
+    leaving: bool = False  # its agent is about to leave, and nothing of any attempt is alive on it
     left: bool = False  # its agent took its leave, and nothing of any attempt was alive on it
     cordoned: bool = False
     attached: JobId | None = None  # serves this job only (`keepstep run`)
