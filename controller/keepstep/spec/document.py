@@ -65,7 +65,7 @@ class ElasticSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is kept to restart from. What only memory has is stored in `dir` before its nodes are let go of."""
+    """What is kept to restart from. What only memory has is stored in `dir` before its nodes are given up."""
 
     dir: SomeText | None = Field(
         default=None, json_schema_extra={"default_text": "./checkpoints for the built-in trainer, else none"}
