@@ -18,7 +18,7 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from importlib import metadata
 from typing import Any
 
@@ -40,9 +40,10 @@ from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.wire import messages as wire
 
 _log = logging.getLogger("keepstep.agent")
-_CAPABILITIES = ("logs", "inventory", "warm", "points", "evidence")
+_CAPABILITIES = ("logs", "inventory", "warm", "points", "evidence", "save")
 _SETTLE_S = 10.0
 _TICK_S = 0.5
+_STORE_S = 1.0  # for the controller to ask that what is in memory be stored, before a drained node leaves
 _TEXT_MAX = 2000
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -86,6 +87,7 @@ class Agent:
         self._signals = 0
         self._drain = settings.attached or settings.drain
         self._hurry = asyncio.Event()  # a second signal: no more grace
+        self._saves, self._saved_at = 0, 0.0  # under way; and when the last one was over
         self._exit_code = 0
 
     async def run(self) -> int:
@@ -102,6 +104,8 @@ class Agent:
             for task in done - {leave}:
                 task.result()  # a bug: loudly; whoever started us starts another, which adopts
             await self._say_goodbye()
+            if self._drain:
+                await self._launches.around.carriers.release(())
         finally:
             for task in (*works, leave):
                 task.cancel()
@@ -111,8 +115,7 @@ class Agent:
         return self._exit_code
 
     def _works(self) -> tuple[Coroutine[Any, Any, None], ...]:
-        carriers = self._launches.around.carriers
-        follow = carriers.follow(lambda: [attempt.launch for attempt in self._launches.living])
+        follow = self._launches.around.carriers.follow(lambda: self._launches.carried)
         return self._link.run(), self._watch.run(), self._mind(), follow
 
     # ---------------------------------------------------------------- leaving
@@ -134,11 +137,21 @@ class Agent:
         contact = self._link.contact
         asked_at = self._clock.monotonic()
         self._link.changed()
-        while contact.connected and self._clock.monotonic() < asked_at + self._settings.leave_within_s:
+        while contact.connected:
             heard = (contact.answered_at or 0.0) >= asked_at
-            if heard and self._spool.acknowledged >= self._spool.last:
+            told = heard and self._spool.acknowledged >= self._spool.last
+            late = self._clock.monotonic() >= asked_at + self._settings.leave_within_s
+            if (told or late) and not self._keeps_what_is_wanted(asked_at):
                 return
             await asyncio.sleep(0.02)
+
+    def _keeps_what_is_wanted(self, asked_at: float) -> bool:
+        """Whether what ranks have left in memory is being stored, or the controller may still ask for it."""
+        carriers = self._launches.around.carriers
+        if not self._drain or self._hurry.is_set() or not any(one.held for one in carriers.statuses()):
+            return False
+        since = max(asked_at, self._saved_at)
+        return bool(self._saves) or self._clock.monotonic() < since + _STORE_S
 
     async def _end_ranks(self) -> None:
         ending = asyncio.create_task(self._launches.end_all("its agent was told to leave"))
@@ -219,8 +232,14 @@ class Agent:
         else:
             self._launches.apply(desired)
 
-    def _answer(self, query: wire.Query) -> Awaitable[wire.Answer]:
-        return queries.answer(query, self._launches, self._clock)
+    async def _answer(self, query: wire.Query) -> wire.Answer:
+        saves = query.kind == "save"
+        self._saves += saves
+        try:
+            return await queries.answer(query, self._launches, self._clock)
+        finally:
+            self._saves -= saves
+            self._saved_at = self._clock.monotonic() if saves else self._saved_at
 
     # ---------------------------------------------------------------- what attempts need
 

@@ -205,7 +205,7 @@ class Fleet:
 
 def _carriers(snapshots: tuple[wire.SnapshotStatus, ...]) -> object:
     """What other nodes must be told; what is held is looked at when it is needed."""
-    return [(status.job, status.address) for status in snapshots]
+    return [(status.job, status.address, status.after) for status in snapshots]
 
 
 def _matters(status: wire.AttemptStatus) -> object:

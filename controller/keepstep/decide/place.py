@@ -83,6 +83,8 @@ def unusable(job: JobView, node: NodeView, held: Holders = {}) -> str:  # noqa: 
         return "is silent"
     if not node.connected:
         return "is not connected"
+    if node.leaving:
+        return "is leaving"
     if node.cordoned:
         return "is cordoned"
     if node.slots < need:

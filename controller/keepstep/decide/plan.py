@@ -165,6 +165,15 @@ class Examine(Change):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Save(Change):
+    """Write a state that is in memory into the checkpoint folder; what came of it is in a later view."""
+
+    at: Stored
+    memory: Memory
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Find(Change):
     """Something that people should know and nothing is done about: told once in an attempt."""
 
@@ -201,6 +210,7 @@ JobChange = (
     | Wait
     | Collect
     | Examine
+    | Save
     | Find
 )
 
@@ -231,6 +241,7 @@ class Policy:
     no_progress_max: int = 10  # attempts in a row without a new step, whoever is to blame
     grow_after_s: float = 10.0  # a returned node must have been ready for this long
     grow_within_s: float = 600.0  # how long growing waits for a checkpoint to grow from
+    save_within_s: float = 300.0  # for what is in memory to be stored before its holders are let go of
     examine_within_s: float = 3.0  # for agents to say how their ranks are
     examine_again_s: float = 30.0  # what was seen closely longer ago is looked at anew before it counts
     examine_soon_s: float = 1.0  # between two looks that must agree

@@ -123,6 +123,7 @@ class SnapshotStatus(Part, kw_only=True, frozen=True):
     address: tuple[str, int]
     memory_bytes: int = 0
     held: tuple[Held, ...] = ()
+    after: int = 0  # it was looked at when this attempt was known to be dead; see `Keep.over`
 
 
 class NodeStatus(Part, kw_only=True, frozen=True):
@@ -263,6 +264,26 @@ class Warm(Part, kw_only=True, frozen=True):
     run: dict[str, Any]
 
 
+class Keep(Part, kw_only=True, frozen=True):
+    """Keep a carrier for a job that has no rank here: this node keeps copies, or what others still restore.
+
+    Fields as those of `Launch`.
+    """
+
+    job: str
+    attempt: int
+    world_size: int
+    layout: dict[str, int]
+    ranks: tuple[int, ...] = ()
+    restore: tuple[int, int] | None = None
+    memory: Memory | None = None
+    lineage: tuple[tuple[int, int, int], ...] = ()
+    secret: str
+    carriers: dict[str, tuple[str, int]] = {}
+    buddy: str = ""
+    over: bool = False  # the attempt is dead: say what is held now
+
+
 class Desired(Message, tag="desired", kw_only=True, frozen=True):
     """What this node should run. What it runs beyond that goes on until a stop names it."""
 
@@ -271,6 +292,7 @@ class Desired(Message, tag="desired", kw_only=True, frozen=True):
     launches: tuple[Launch, ...] = ()
     stops: tuple[Stop, ...] = ()
     warm: tuple[Warm, ...] = ()
+    keep: tuple[Keep, ...] = ()
     forget: tuple[tuple[str, int], ...] = ()  # dead attempts whose end is recorded: reports may stop
 
 
@@ -278,7 +300,7 @@ class Query(Message, tag="query", kw_only=True, frozen=True):
     """Asks for something that is too large or too rare for the state."""
 
     id: int
-    kind: str  # logs | inventory | evidence
+    kind: str  # logs | inventory | evidence | save
     term: int
     params: dict[str, Any] = {}
 

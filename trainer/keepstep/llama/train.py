@@ -72,7 +72,10 @@ def run(job: TrainJob, session: Session) -> int:
     )  # fmt: skip
     trainer = Trainer(job, groups, corpus, device=device, session=session)
     beside = functools.cache(lambda: parallel.beside(groups, timeout_s=job.timeout_s))
-    snapshots = Snapshots(job, trainer.state, session, lambda step: {"data": corpus.position(step)})
+    snapshots = Snapshots(
+        job, trainer.state, session,
+        lambda step: {"tokens": step * job.global_tokens, "data": corpus.position(step)},
+    )  # fmt: skip
     begin(trainer, corpus, beside, snapshots)
     keeper = Keeper(trainer, corpus, beside)
     stopped = _loop(trainer, keeper, snapshots, stop)

@@ -42,7 +42,7 @@ from keepstep.core.checkpoints import (
 from keepstep.core.errors import KeepstepError, TimedOut
 from keepstep.core.ids import Attempt, Step
 from keepstep.core.layout import Layout
-from keepstep.llama.checkpoint.manifest import File, Manifest
+from keepstep.core.manifest import File, Manifest
 from keepstep.llama.checkpoint.pieces import owned_pieces
 from keepstep.llama.checkpoint.storage import SavePieces, Writer, apart, chunks_of
 from keepstep.llama.flat import FlatState
