@@ -12,8 +12,9 @@ process of its own. Where there is no NVIDIA driver nothing is started for it.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
+from typing import Any
 
 from keepstep.agent import preparation
 from keepstep.agent.folder import Folder
@@ -63,13 +64,13 @@ class Health:
 
     async def run(self) -> None:
         """Until cancelled. Whatever a probe cannot do, it says, and the others go on."""
-        works = [self.watcher.run(), self._turns()]
+        works = [self._guarded("xid", self.watcher.run()), self._guarded("host", self._turns())]
         if self._none:
             self.sampler.status = ProbeStatus(
                 name="gpu", state=ProbeState.ABSENT, reason="none by its settings"
             )
         else:
-            works.append(self.sampler.run())
+            works.append(self._guarded("gpu", self.sampler.run()))
         tasks = [asyncio.create_task(work) for work in works]
         try:
             await asyncio.gather(*tasks)
@@ -81,6 +82,13 @@ class Health:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _guarded(self, probe: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - outermost of one probe: the agent and the others go on
+            _log.exception("the probe %s has ended: a bug", probe)
+            self._say(f"{probe} (ended)", ProbeState.DEGRADED, f"a bug: {error!r}")
 
     # ---------------------------------------------------------------- what is told
 
@@ -134,9 +142,10 @@ class Health:
 
     def _missing(self) -> Iterable[Check]:
         sampler = self.sampler
-        if sampler.opened is None or not sampler.known:
+        if not sampler.known or sampler.status.state == ProbeState.ABSENT:
             return ()
-        here = {gpu.uuid for gpu in sampler.present}
+        told = sampler.present if sampler.opened is not None else ()  # none: NVML cannot be used at all
+        here = {gpu.uuid for gpu in told}
         absent = [gpu for gpu in sampler.known if gpu.uuid not in here]
         return gpus.missing_check(len(sampler.known), len(sampler.known) - len(absent), absent)
 

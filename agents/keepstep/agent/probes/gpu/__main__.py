@@ -54,12 +54,12 @@ class Passes:
 
     def __init__(self, gpus: list[nvml.Gpu], page: Page, output: Output, clock: Clock) -> None:
         self._gpus, self._page, self._output, self._clock = gpus, page, output, clock
-        self._due = dict.fromkeys(Tier, 0.0)
+        self.due = dict.fromkeys(Tier, 0.0)
         self._hurry = threading.Event()
 
     def hurry(self) -> None:
         """After an XID that may have changed rows or the action that is asked for."""
-        self._due[Tier.ROWS] = self._due[Tier.HEAT] = 0.0
+        self.due[Tier.ROWS] = self.due[Tier.HEAT] = 0.0
         self._hurry.set()
 
     def run(self, passes: int) -> None:
@@ -76,9 +76,9 @@ class Passes:
 
     def once(self) -> Pass:
         began, spent_ns = self._clock.monotonic(), time.thread_time_ns()
-        tiers = [tier for tier, due in self._due.items() if due <= began + _LATE_S]
+        tiers = [tier for tier, due in self.due.items() if due <= began + _LATE_S]
         for tier in tiers:
-            self._due[tier] = began + PERIOD_S[tier]
+            self.due[tier] = began + PERIOD_S[tier]
         readings = [gpu.sample(tiers) for gpu in self._gpus]
         self._page.leave(PASS)
         return Pass(readings, cpu_ms=(time.thread_time_ns() - spent_ns) / 1e6)

@@ -28,6 +28,7 @@ _TICK_S = 0.5
 _SILENT_S = 30.0  # between calls, without a frame: starved, stopped, or broken
 _PAUSE_FIRST_S, _PAUSE_MAX_S = 1.0, 600.0
 _TRIAL_FIRST_S, _TRIAL_MAX_S = 60.0, 600.0
+_UNDEAD_MAX = 4  # processes that the driver does not let go: more would hang there as well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class Sampler:
         self._trials: dict[str, _Trial] = {}
         self._undead: list[SamplingProcess] = []  # killed, and not gone yet
         self._process: SamplingProcess | None = None
+        self._refused = False
 
     @property
     def known(self) -> tuple[Identity, ...]:
@@ -91,6 +93,8 @@ class Sampler:
         pause_s = _PAUSE_FIRST_S
         try:
             while True:
+                while len(self._undead) >= _UNDEAD_MAX:
+                    await self._wait(_TICK_S)
                 began = self._clock.monotonic()
                 if not await self._one_process():
                     if self._clock.monotonic() - began > _PAUSE_MAX_S:
@@ -119,7 +123,7 @@ class Sampler:
         except OSError as error:
             self._say(ProbeState.DEGRADED, f"the sampling process cannot be started: {error}")
             return False
-        self.pid = process.pid
+        self.pid, self._refused = process.pid, False
         try:
             return await self._attend(process)
         finally:
@@ -156,7 +160,7 @@ class Sampler:
                 return True
 
     def _ended(self, process: SamplingProcess) -> bool:
-        if self.status.state != ProbeState.ABSENT:  # it refused, and said why
+        if not self._refused:  # else it has said why
             self._say(ProbeState.DEGRADED, f"the sampling process has ended: {process.how}")
         return False
 
@@ -252,6 +256,7 @@ class Sampler:
             case Blind():
                 self.blind = frame.why
             case Refused():
+                self._refused = True
                 absent = frame.error in catalogue.NO_DRIVER and not self._store.gpus
                 state = ProbeState.ABSENT if absent else ProbeState.DEGRADED
                 self._say(state, f"NVML cannot be used: {frame.text}")

@@ -41,7 +41,7 @@ class Watcher:
         while True:
             try:
                 if self._log is None:
-                    self.reason = "turned off"
+                    self.reason = "the kernel's log is not read: turned off"
                     return
                 log = kmsg.KernelLog(self._log)
             except OSError as error:
