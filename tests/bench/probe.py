@@ -3,8 +3,8 @@
     .venv/bin/python tests/bench/probe.py
 
 `pass_cpu_ms` is one look at everything of all eight, CPU time, the median; `agent_core_share` what agent and
-sampling process take of one core while they report once a second; `agent_mib` their memory (each one's share
-of what they share). Then one GPU's driver call hangs for ever: how often the other seven are sampled from then
+sampling process take of one core while they report once a second; `agent_mib` their memory (each with its
+share of what they share). Then one GPU's driver call hangs for ever: how often the other seven are sampled from then
 on, and the longest time that they were not. The last line is one JSON object.
 """
 
@@ -16,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import agents
 from agents import Agent, Controller, controlled, until
 from keepstep.agent.rank import processes
 from nvml_standin import Standin
+from shims import ENV
 
 PASSES, WATCHED_S, HUNG_S = 20, 30.0, 20.0
 HUNG = 5
@@ -42,7 +43,7 @@ def passes() -> None:
     page, clock = Page.made(), SystemClock()
     nvml.start(page, clock)
     gpus, _ = nvml.opened(Order(parent=0, page=0), page, clock)
-    with open(os.devnull, "wb") as nowhere:
+    with Path(os.devnull).open("wb") as nowhere:
         took = []
         output = Output(nowhere.fileno())
         looks = Passes(gpus, page, output, clock)
@@ -56,7 +57,7 @@ def passes() -> None:
 
 
 async def watched(folder: Path, standin: Standin) -> dict[str, float]:
-    agents.ENV.update(standin.env)
+    ENV.update(standin.env)
     log = folder / "kmsg"
     log.touch()
     async with controlled(folder, "--kernel-log", str(log), start=False) as (controller, agent):
@@ -87,7 +88,7 @@ async def hung(controller: Controller, standin: Standin) -> dict[str, float]:
         await asyncio.sleep(0.01)
     others = [times for index, times in sampled.items() if index != HUNG]
     after = [[each for each in times if each > began + HUNG_S / 2] for times in others]
-    gaps = [b - a for times in others for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for times in others for a, b in pairwise(times)]
     return {
         "hung_others_hz": min((len(times) - 1) / (times[-1] - times[0]) for times in after),
         "hung_gap_s": max(gaps),
