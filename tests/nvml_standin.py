@@ -1,4 +1,4 @@
-"""A stand-in libnvidia-ml.so.1 (nvml/standin.c), built here and told at run time how its GPUs do.
+"""A stand-in libnvidia-ml.so.1 (native/nvml.c), built here and told at run time how its GPUs do.
 
 The real pynvml finds it by the real loader, through LD_LIBRARY_PATH. Whatever a test writes into `Standin`
 holds for every process that has it loaded, at once.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("nvml") / "standin.c"
+SOURCE = Path(__file__).with_name("native") / "nvml.c"
 GPUS, FIELDS, LINKS, EVENTS, MAGIC = 16, 320, 36, 64, 0x6B737031
 XID, RECOVERY_ACTION = 0x8, 0x8000  # types of events
 LOST = 15

@@ -1,10 +1,10 @@
-"""What watching a node's health costs, with eight GPUs that a stand-in for NVML plays (tests/nvml).
+"""What watching a node's health costs, with eight GPUs that a stand-in for NVML plays (tests/native).
 
     .venv/bin/python tests/bench/probe.py
 
 `pass_cpu_ms` is one look at everything of all eight, CPU time, the median; `agent_core_share` what agent and
-sampling process take of one core while they report once a second; `agent_mib` their memory (each with its
-share of what they share). Then one GPU's driver call hangs for ever: how often the other seven are sampled from then
+sampling process take of a core while they report once a second; `agent_mib` their memory, each with its share
+of what they share. Then one GPU's driver call hangs for ever: how often the other seven are sampled from then
 on, and the longest time that they were not. The last line is one JSON object.
 """
 
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from agents import Agent, Controller, controlled, until
 from keepstep.agent.rank import processes
 from nvml_standin import Standin
-from shims import ENV
 
 PASSES, WATCHED_S, HUNG_S = 20, 30.0, 20.0
 HUNG = 5
@@ -57,10 +56,12 @@ def passes() -> None:
 
 
 async def watched(folder: Path, standin: Standin) -> dict[str, float]:
-    ENV.update(standin.env)
     log = folder / "kmsg"
     log.touch()
-    async with controlled(folder, "--kernel-log", str(log), start=False) as (controller, agent):
+    async with controlled(folder, "--kernel-log", str(log), start=False, env=standin.env) as (
+        controller,
+        agent,
+    ):
         controller.state_every_s = 1.0
         agent.start()
         await until(lambda: controller.states and controller.states[-1].health.gpus, agent.said)  # type: ignore[union-attr]

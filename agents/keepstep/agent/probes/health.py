@@ -142,9 +142,9 @@ class Health:
 
     def _missing(self) -> Iterable[Check]:
         sampler = self.sampler
-        if not sampler.known or sampler.status.state == ProbeState.ABSENT:
+        if not sampler.known or not (sampler.unusable or sampler.opened is not None):
             return ()
-        told = sampler.present if sampler.opened is not None else ()  # none: NVML cannot be used at all
+        told = () if sampler.unusable else sampler.present
         here = {gpu.uuid for gpu in told}
         absent = [gpu for gpu in sampler.known if gpu.uuid not in here]
         return gpus.missing_check(len(sampler.known), len(sampler.known) - len(absent), absent)

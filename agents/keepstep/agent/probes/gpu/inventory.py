@@ -20,6 +20,7 @@ from keepstep.core.clock import Clock
 
 _log = logging.getLogger("keepstep.agent")
 OPEN_S = 60.0  # NVML loads the state of every GPU where no persistence daemon keeps it
+_KNOWN_S = 5.0  # of a node whose GPUs are known from before: its agent is not kept from its ranks for longer
 _SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 _LIBRARY = "libnvidia-ml.so.1"
 
@@ -62,14 +63,14 @@ def may_be_here(environ: Mapping[str, str]) -> bool:
 
 
 def find(inventory: Inventory, clock: Clock, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """UUIDs by index: the node's GPUs as NVML tells them, once, at the start. Blocks for up to `OPEN_S`.
+    """UUIDs by index: the node's GPUs as NVML tells them, once, at the start. Blocks for that.
 
     Empty where there is no driver. Where NVML hangs or fails on a node that had GPUs: those.
     """
     if not may_be_here(environ):
         _log.info("no NVIDIA driver here: slots are processes on the CPU")
         return ()
-    told = _ask(clock)
+    told = _ask(clock, _KNOWN_S if inventory.gpus else OPEN_S)
     if isinstance(told, Opened):
         inventory.see(told.gpus)
         _log.info("NVIDIA driver %s, NVML %s: %d GPUs", told.driver, told.nvml, len(told.gpus))
@@ -84,13 +85,13 @@ def find(inventory: Inventory, clock: Clock, environ: Mapping[str, str]) -> tupl
     return ()
 
 
-def _ask(clock: Clock) -> Opened | Refused | str:
+def _ask(clock: Clock, within_s: float) -> Opened | Refused | str:
     """The first frame of a process that only lists; else why there is none."""
     page = Page.made()
     process = start(Order(parent=0, page=0, passes=-1, events=False), page)
     assert process.stdout is not None
     try:
-        data, deadline = b"", clock.monotonic() + OPEN_S
+        data, deadline = b"", clock.monotonic() + within_s
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while len(data) < HEADER or len(data) < HEADER + int.from_bytes(data[:HEADER], "little"):

@@ -67,6 +67,7 @@ class Sampler:
         self._undead: list[SamplingProcess] = []  # killed, and not gone yet
         self._process: SamplingProcess | None = None
         self._refused = False
+        self.unusable = False  # NVML as a whole, on a node that has a driver
 
     @property
     def known(self) -> tuple[Identity, ...]:
@@ -149,6 +150,8 @@ class Sampler:
             stuck_s, gpu, call = process.stuck_s(PASS, elapsed_s)
             if stuck_s > (self._pace.call_s if gpu != NO_GPU else inventory.OPEN_S):
                 return self._hangs(gpu, call, now - stuck_s)
+            if gpu == NO_GPU and stuck_s > inventory.OPEN_S / 2:
+                self._fails(ProbeState.HUNG, f"{call} has not come back for {stuck_s:.0f} s")
             if silent_s > (_SILENT_S if not call or gpu != NO_GPU else 2 * inventory.OPEN_S):
                 self._say(ProbeState.HUNG, f"the sampling process says nothing for {silent_s:.0f} s")
                 return False
@@ -161,12 +164,13 @@ class Sampler:
 
     def _ended(self, process: SamplingProcess) -> bool:
         if not self._refused:  # else it has said why
-            self._say(ProbeState.DEGRADED, f"the sampling process has ended: {process.how}")
+            say = self._say if process.frames else self._fails
+            say(ProbeState.DEGRADED, f"the sampling process has ended: {process.how}")
         return False
 
     def _hangs(self, gpu: int, call: str, since: float) -> bool:
         if gpu == NO_GPU:
-            self._say(ProbeState.HUNG, f"{call} does not come back")
+            self._fails(ProbeState.HUNG, f"{call} does not come back")
             return False
         identity = next((each for each in self.present if each.index == gpu), Identity(gpu))
         name = identity.uuid or str(gpu)
@@ -259,9 +263,14 @@ class Sampler:
                 self._refused = True
                 absent = frame.error in catalogue.NO_DRIVER and not self._store.gpus
                 state = ProbeState.ABSENT if absent else ProbeState.DEGRADED
-                self._say(state, f"NVML cannot be used: {frame.text}")
+                self._fails(state, f"NVML cannot be used: {frame.text}")
+
+    def _fails(self, state: ProbeState, reason: str) -> None:
+        self.unusable = state != ProbeState.ABSENT
+        self._say(state, reason)
 
     def _well(self) -> None:
+        self.unusable = False
         if self.hung:
             names = ", ".join(f"{name} in {stuck.call}" for name, stuck in self.hung.items())
             self._say(ProbeState.HUNG, f"left out: {names}")

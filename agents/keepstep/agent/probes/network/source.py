@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ async def reaches(host: str, port: int) -> str:
     except TimeoutError:
         return f"no answer within {_CONNECT_S:g} s"
     except OSError as error:
-        return error.strerror or str(error)
+        return os.strerror(error.errno) if error.errno else str(error)
     writer.close()
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(_CONNECT_S):
