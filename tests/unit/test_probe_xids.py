@@ -1,5 +1,6 @@
 """Counting what happened: each physical event once."""
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from keepstep.agent.probes.gpu.reading import Events
 from keepstep.agent.probes.xid.kmsg import KernelLog
 from keepstep.agent.probes.xid.ledger import COMPONENTS_MAX, Book, Ledger, told
 from keepstep.agent.probes.xid.watcher import Watcher
-from keepstep.core.clock import ManualClock
-from keepstep.core.health import FaultKind
+from keepstep.core.clock import ManualClock, SystemClock
+from keepstep.core.health import FaultKind, ProbeState
 from keepstep.wire.messages import FaultCount
 
 PCI = "0000:0f:00.0"
@@ -152,6 +153,29 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path: Path) -> None:
     watcher.take(Events(xids=[(PCI, 79, 1)]))
     (fault,) = watcher.faults({}, without=set())
     assert (fault.count, fault.first_age_s, fault.last_age_s) == (2, 10.0, 0.0)
+
+
+def test_a_log_that_may_not_be_read_is_said(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody who may not read it")
+    log = tmp_path / "kmsg"
+    log.touch(mode=0o600)
+    watcher = Watcher(log, tmp_path / "faults.msgpack", "boot", SystemClock(), lambda: None)
+
+    async def look() -> None:
+        running = asyncio.create_task(watcher.run())
+        async with asyncio.timeout(10):
+            while "Permission denied" not in watcher.reason:  # noqa: ASYNC110 - in the way that agents see it
+                await asyncio.sleep(0.001)
+        running.cancel()
+
+    os.seteuid(65534)
+    try:
+        asyncio.run(look())
+    finally:
+        os.seteuid(0)
+    status = watcher.status("", gpus=True)
+    assert status.state == ProbeState.DEGRADED and str(log) in status.reason
 
 
 def test_the_driver_asks_by_xid_154() -> None:

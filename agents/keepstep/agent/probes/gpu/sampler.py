@@ -57,7 +57,7 @@ class Sampler:
         self.evolution = Evolution()
         self.hung: dict[str, Hung] = {}  # by UUID; by index where it was never told
         self.status = ProbeStatus(name="gpu", state=ProbeState.ABSENT, reason="not looked for yet")
-        self.blind = "no driver"  # why there are no events from NVML; "": there are
+        self._blind, self._deaf = "no driver", ""
         self.opened: Opened | None = None
         self.pass_cpu_ms = 0.0
         self.pid = 0
@@ -68,6 +68,11 @@ class Sampler:
         self._process: SamplingProcess | None = None
         self._refused = False
         self.unusable = False  # NVML as a whole, on a node that has a driver
+
+    @property
+    def blind(self) -> str:
+        """Why NVML's events are not heard; "": they are."""
+        return self._blind or self._deaf
 
     @property
     def known(self) -> tuple[Identity, ...]:
@@ -156,8 +161,7 @@ class Sampler:
                 self._say(ProbeState.HUNG, f"the sampling process says nothing for {silent_s:.0f} s")
                 return False
             deaf_s, _, waits = process.stuck_s(EVENTS, elapsed_s)
-            if deaf_s > 1.0 + self._pace.call_s:
-                self.blind = f"{waits} does not come back"
+            self._deaf = f"{waits} does not come back" if deaf_s > 1.0 + self._pace.call_s else ""
             self._bury()
             if self._try_again(now):
                 return True
@@ -252,13 +256,13 @@ class Sampler:
                 self._events(frame)
                 self._changed()
             case Opened():
-                self.blind = ""
+                self._blind = ""
                 if self.opened is None:  # later ones are told which GPUs there are
                     self.opened = frame
                     self._store.see(frame.gpus)
                 self._well()
             case Blind():
-                self.blind = frame.why
+                self._blind = frame.why
             case Refused():
                 self._refused = True
                 absent = frame.error in catalogue.NO_DRIVER and not self._store.gpus
