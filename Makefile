@@ -30,7 +30,7 @@ test: setup ## the quick suites: a few minutes
 	$(PYTEST) $(wildcard $(QUICK:%=tests/%)) -m "not slow"
 
 test-slow: setup $(VENV)/.peers ## what `make test` leaves out: slow ones and e2e
-	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) tests/e2e)
+	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) tests/e2e --durations=25)
 	$(PYTEST) tests --ignore=tests/e2e -m slow || test $$? -eq 5  # 5: there are none
 
 test-all: test test-slow ## every suite

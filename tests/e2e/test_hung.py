@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ def faulty(cluster: Cluster, fault: str, spec: str = PAIR, **more: str) -> str:
     environment = {
         "PYTHONPATH": str(FAULTS),
         "DISTURB": fault,
-        "DISTURB_FOLDER": str(cluster.home.path),
+        "DISTURB_FOLDER": tempfile.mkdtemp(dir=cluster.home.path),  # where it remembers that it did
         **more,
     }
     return cluster.submit(spec, *(f"run.env.{name}={value}" for name, value in environment.items()))

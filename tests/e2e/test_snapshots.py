@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,31 +60,42 @@ def carrier_pid(cluster: Cluster, node: str, job: str) -> int:
 @pytest.mark.timeout(900 + 60 * KILLS)
 def test_kills_at_random_moments(start: Start, undisturbed: Curve) -> None:
     """While it steps, restores, meets; one rank or two at once. Nothing comes from storage."""
-    spec = CUBE.replace("steps: 60", f"steps: {3 * KILLS}")
-    curve = undisturbed(spec)
     cluster = start(nodes=2, slots=4)
-    job = cluster.submit(spec)
+    job = cluster.submit(CUBE, f"run.llama.steps={100 * KILLS}")
     chance = random.Random(KILLS)
     cluster.wait_step(job, 2)
-    for _ in range(KILLS):
+    kills = 0
+    while kills < KILLS:
         if chance.random() < 0.7:
-            told = cluster.wait_state(job, "running", "succeeded")
-            if told["state"] == "succeeded":
-                break
+            cluster.wait_state(job, "running")
             time.sleep(chance.uniform(0.0, 0.6))
         else:  # wherever the recovery from the last kill is by now
             time.sleep(chance.uniform(0.0, 1.5))
-        for rank in chance.sample(range(8), chance.choice((1, 1, 2))):
-            pid = cluster.ranks(job).get(rank, {}).get("pid") or 0
-            if pid:
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-    cluster.wait_state(job, "succeeded", within_s=60.0 * KILLS)
+        hit = [_kill(cluster, job, rank) for rank in chance.sample(range(8), chance.choice((1, 1, 2)))]
+        kills += any(hit)
+    told = cluster.wait_state(job, "running")
+    newest = int(told["attempt"]["number"])
+    last = cluster.wait_step(job, told["progress"]["step"] + 3, attempt=newest)["progress"]["step"]
+    cluster.client.post(f"/jobs/{job}/cancel", {"reason": "killed often enough"})
+    cluster.wait_state(job, "cancelled")
     tried = attempts(cluster, job)[1:]
-    assert len(tried) >= KILLS // 3
+    print(f"{kills} kills, {len(tried)} recoveries, {last} steps")
+    assert len(tried) >= KILLS // 2, "kills of one recovery count once"
     assert [attempt["number"] for attempt in tried if not from_memory(attempt)] == []
     assert max(replayed(cluster, job)) <= 1
-    assert cluster.losses(job) == curve
+    losses = cluster.losses(job)
+    curve = undisturbed(CUBE.replace("steps: 60", f"steps: {max(losses)}"))
+    assert losses == curve
+
+
+def _kill(cluster: Cluster, job: str, rank: int) -> bool:
+    """Whether there was a process to kill."""
+    pid = int(cluster.ranks(job).get(rank, {}).get("pid") or 0)
+    try:
+        os.kill(pid, signal.SIGKILL) if pid else None
+    except ProcessLookupError:
+        return False
+    return bool(pid)
 
 
 def test_a_lost_nodes_states_come_from_its_buddy(start: Start, undisturbed: Curve) -> None:
@@ -181,7 +191,7 @@ def test_never_means_never(start: Start) -> None:
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY, "checkpoint.snapshot_every=never")
     cluster.wait_step(job, 6)
-    assert not list(cluster.home.nodes.glob("*/carrier/*"))
+    assert not list(cluster.home.nodes.glob(f"*/carrier/{job}"))
     cluster.kill_rank(job, 0)
     told = cluster.wait_step(job, 7, attempt=2)
     assert told["attempt"]["restore"]

@@ -271,10 +271,10 @@ def die() -> None:
 def _at_write(_: Saver) -> None:
     original = durable.write
 
-    def write(path: Path, content: bytes) -> None:
+    def write(path: Path, content: bytes, *, sync: bool = True) -> None:
         if path.name == MANIFEST:
             die()
-        original(path, content)
+        original(path, content, sync=sync)
 
     durable.write = write
 

@@ -163,3 +163,14 @@ def test_whatever_happens_the_controller_sees_every_number_once_and_in_order(
     assert appended == sorted(set(appended))
     assert [number for number, kind in sorted(stored.items()) if kind == "x"] == appended
     spool.close()
+
+
+def test_a_power_cut_may_empty_the_acknowledgement(tmp_path: Path, opened: Opener) -> None:
+    spool = opened(tmp_path / "s")
+    for _ in range(3):
+        spool.append("x")
+    spool.acknowledge(2)
+    (tmp_path / "s" / "acknowledged").write_bytes(b"")
+    again = opened(tmp_path / "s", boot="boot-2")
+    assert numbers(again)[:3] == [1, 2, 3]  # sent again: the controller knows what it has
+    assert again.append("y") > 3

@@ -136,7 +136,8 @@ class Spool:
             # The disk forgot what the controller remembers (a power cut): no number may be used twice.
             self._new_segment(number + 1)
         self._acknowledged = number
-        durable.write(self._folder / "acknowledged", f"{number}\n".encode())
+        # What is not on the disk at a power cut is sent again, and the controller knows it by its number.
+        durable.write(self._folder / "acknowledged", f"{number}\n".encode(), sync=False)
         while len(self._segments) > 1 and self._segments[0].last <= number:
             self._segments.pop(0).path.unlink(missing_ok=True)
 
@@ -219,5 +220,5 @@ def _frames(path: Path) -> Iterator[tuple[Stored, int]]:
 def _read_number(path: Path) -> int:
     try:
         return int(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # empty after a power cut
         return 0

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Replace a file in one step: written beside it, synced, renamed; the folder is synced too.
 
-    Two writers may race; one of them wins whole. OSError when the disk is full: the old file stays.
+    Two writers may race; one of them wins whole. OSError when the disk is full: the old file stays. Not
+    synced, it survives the end of every process, and a power cut may leave the old file or an empty one.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         beside.rename(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
