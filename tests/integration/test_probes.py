@@ -25,6 +25,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain
 
 from agents import Agent, Controller, controlled, launch_of, lives, until
+from keepstep.agent.probes.xid.kmsg import seconds_since_boot
 from keepstep.agent.rank import processes
 from keepstep.core.health import FaultKind, ProbeState
 from keepstep.wire.messages import Check, GpuSample, HealthStatus
@@ -37,7 +38,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def record(sequence: int, text: str) -> str:
-    return f"4,{sequence},{int(time.monotonic() * 1e6)},-;{text}\n"
+    """As the kernel would write it now."""
+    return f"4,{sequence},{int(seconds_since_boot() * 1e6)},-;{text}\n"
 
 
 def xid(sequence: int, code: int, gpu: int = 0) -> str:
@@ -416,19 +418,20 @@ def test_an_address_for_metrics_that_is_none_is_refused(tmp_path: Path) -> None:
 
 async def _restarted_in_a_flood(tmp_path: Path) -> None:
     """Killed while XIDs pour in by log and by NVML; the count is what the log has, and never falls."""
-    total, batch = 10_000, 50
     async with probed(tmp_path, gpus=1) as its:
-        written = threading.Event()
+        enough_of_it = threading.Event()
 
-        def pour() -> None:
-            for begin in range(0, total, batch):
-                its.write("".join(xid(k, 45) for k in range(begin, begin + batch)))
+        def pour() -> int:
+            """How many lines there were."""
+            total = 0
+            while not enough_of_it.is_set() and total < 1_000_000:
+                its.write("".join(xid(total + k, 45) for k in range(50)))
                 its.standin.raise_event(0, 45)
-                time.sleep(0.01)
-            written.set()
+                total += 50
+                enough_of_it.wait(0.01)
+            return total
 
-        flood = threading.Thread(target=pour)
-        flood.start()
+        flood = asyncio.create_task(asyncio.to_thread(pour))
         told: list[int] = []
 
         def count() -> int:
@@ -450,8 +453,8 @@ async def _restarted_in_a_flood(tmp_path: Path) -> None:
             await its.agent.kill()
             its.agent.start()
             await its.until(partial(again, registered))
-        await asyncio.to_thread(flood.join, 60)
-        assert written.is_set()
+        enough_of_it.set()
+        total = await flood
         await its.until(lambda: count() >= total)
         await its.sampled()
         assert count() == total and told == sorted(told)

@@ -108,9 +108,9 @@ def test_told_by_both_is_counted_once_in_either_order() -> None:
             else:
                 book.nvml(PCI, 79, 1, 10.2)
         assert [(f.count, f.component) for f in counts(book)] == [(1, "GPU-a")]
-        book.nvml(PCI, 79, 1, 20.0)  # another one, which the log does not tell
+        book.nvml(PCI, 79, 1, 90.0)  # another one, which the log does not tell
         assert counts(book)[0].count == 2
-        book.nvml("0000:10:00.0", 79, 1, 20.0)  # of another GPU
+        book.nvml("0000:10:00.0", 79, 1, 90.0)  # of another GPU
         assert [f.count for f in counts(book)] == [2, 1]
 
 

@@ -2,7 +2,7 @@
 
 The kernel's log is counted by its sequence numbers: what was counted is not counted again by an agent that
 starts anew and reads the log back. An XID is told twice, by the log and by NVML's event set; on one GPU and
-code the two are paired within a few seconds, so that of a burst the larger count holds.
+code the two are paired within a minute, so that of a burst the larger count holds.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from keepstep.agent.probes.xid import catalogue
 from keepstep.core.health import FaultKind
 from keepstep.wire.messages import FaultCount
 
-PAIRED_S = 5.0
+PAIRED_S = 60.0  # a driver in trouble may hold back its events for long; its line is in the log at once
 COMPONENTS_MAX = 256  # counted apart; what comes after that is counted together
 _TEXT_MAX = 240
 
