@@ -343,6 +343,25 @@ def test_nvml_that_cannot_be_used(tmp_path: Path) -> None:
     asyncio.run(_nvml_is_unusable(tmp_path))
 
 
+async def _hangs_from_the_start(tmp_path: Path) -> None:
+    """Nobody has ever heard of the GPU that hangs: the others are there, and it is when it answers."""
+    async with probed(tmp_path, gpus=3, start=False) as its:
+        its.standin.hang(1)
+        its.agent.start()
+        await until(lambda: its.controller.states and len(its.health.gpus) == 2, its.agent.said)
+        assert its.controller.registers[0].gpus == (its.standin.uuid(0), its.standin.uuid(2))
+        check = await its.stands("gpu.hung", "1")
+        assert "nvmlDeviceGetHandleByIndex" in check.text
+        its.standin.hang(1, "")
+        await its.ends("gpu.hung", "1")
+        await its.until(lambda: [gpu.uuid for gpu in its.gpus()] == [its.standin.uuid(k) for k in range(3)])
+        await its.sampled()
+
+
+def test_a_gpu_that_hangs_from_the_start(tmp_path: Path) -> None:
+    asyncio.run(_hangs_from_the_start(tmp_path))
+
+
 async def _fewer(tmp_path: Path) -> None:
     async with probed(tmp_path, gpus=4) as its:
         await its.agent.kill()

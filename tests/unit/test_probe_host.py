@@ -337,3 +337,4 @@ def test_rates_forget_what_is_older_than_their_window() -> None:
     assert rate.per_s is None
     values = [rate.take(10.0 * k, 100.0 if k < 5 else 400.0) for k in range(20)]
     assert max(values) == 300.0 and values[-1] == 0.0 and rate.per_s == 0.0
+    assert [rate.take(200.0 + k, value) for k, value in enumerate((400.0, 0.0, 50.0))] == [0.0, 0.0, 50.0]

@@ -74,8 +74,7 @@ class Agent:
         chance = clock.system_random()
         self._instance = ids.short(chance, 12)
         self._inventory = Inventory(folder.probes(settings.role) / "gpus.json")
-        found = settings.gpus
-        self._gpus = inventory.find(self._inventory, self._clock, os.environ) if found is None else found
+        self._gpus = settings.gpus if settings.gpus is not None else self._found_gpus()
         most = len(self._gpus) or settings.slots or host.cpu_count()
         count = most if settings.slots is None else min(most, settings.slots)
         self._slots = Slots(count if settings.runs_ranks else 0, self._gpus)
@@ -95,6 +94,10 @@ class Agent:
         self._drain = settings.attached or settings.drain
         self._hurry = asyncio.Event()  # a second signal: no more grace
         self._exit_code = 0
+
+    def _found_gpus(self) -> tuple[str, ...]:
+        call_s = self._settings.driver_call_s
+        return inventory.find(self._inventory, self._clock, os.environ, call_s=call_s)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()

@@ -145,7 +145,7 @@ class Health:
         if not sampler.known or not (sampler.unusable or sampler.opened is not None):
             return ()
         told = () if sampler.unusable else sampler.present
-        here = {gpu.uuid for gpu in told}
+        here = {gpu.uuid for gpu in told} | sampler.hung.keys()
         absent = [gpu for gpu in sampler.known if gpu.uuid not in here]
         return gpus.missing_check(len(sampler.known), len(sampler.known) - len(absent), absent)
 

@@ -47,6 +47,7 @@ class _Trial:
     pause_s: float
     process: SamplingProcess | None = None
     well: bool = False
+    found: tuple[Identity, ...] = ()  # what it is, where that was never told before
 
 
 class Sampler:
@@ -88,7 +89,8 @@ class Sampler:
         if self.opened is None:
             return self._store.gpus
         told = {gpu.uuid for gpu in self.opened.gpus}
-        lost = [gpu for gpu in self._store.gpus if gpu.index in self.opened.errors and gpu.uuid not in told]
+        silent = {*self.opened.errors, *(int(name) for name in self.hung if name.isdecimal())}
+        lost = [gpu for gpu in self._store.gpus if gpu.index in silent and gpu.uuid not in told]
         return (*self.opened.gpus, *lost)
 
     async def run(self) -> None:
@@ -213,6 +215,8 @@ class Sampler:
                 self._undead.append(process)
                 del self._trials[name]
                 self.hung.pop(name, None)
+                if self.opened is not None:
+                    self.opened.gpus += [gpu for gpu in trial.found if gpu not in self.opened.gpus]
                 _log.info("GPU %s answers again", name)
                 self._well()
                 self._changed()
@@ -225,6 +229,8 @@ class Sampler:
 
     def _begin_trial(self, name: str, trial: _Trial) -> SamplingProcess | None:
         def take(frame: Frame) -> None:
+            if isinstance(frame, Opened):
+                trial.found = tuple(frame.gpus)
             well = isinstance(frame, Pass) and any(not reading.error for reading in frame.readings)
             trial.well = trial.well or well
 
@@ -260,6 +266,7 @@ class Sampler:
                 if self.opened is None:  # later ones are told which GPUs there are
                     self.opened = frame
                     self._store.see(frame.gpus)
+                self._cannot_open(frame)
                 self._well()
             case Blind():
                 self._blind = frame.why
@@ -268,6 +275,12 @@ class Sampler:
                 absent = frame.error in catalogue.NO_DRIVER and not self._store.gpus
                 state = ProbeState.ABSENT if absent else ProbeState.DEGRADED
                 self._fails(state, f"NVML cannot be used: {frame.text}")
+
+    def _cannot_open(self, frame: Opened) -> None:
+        """GPUs that were there for an earlier process and are not for this one."""
+        for gpu in self.present:
+            if gpu.index in frame.errors and gpu.uuid in self.evolution.readings:
+                self.evolution.readings[gpu.uuid].error = frame.errors[gpu.index]
 
     def _fails(self, state: ProbeState, reason: str) -> None:
         self.unusable = state != ProbeState.ABSENT
