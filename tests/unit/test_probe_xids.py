@@ -125,28 +125,33 @@ def test_of_a_burst_the_larger_count_holds() -> None:
 def test_what_nvml_told_before_a_restart_is_known_in_the_log_after_it(tmp_path: Path) -> None:
     clock = ManualClock(now=500.0)
     store = tmp_path / "faults.msgpack"
-    before = Watcher(None, store, "boot", clock, lambda: None)
+    before = Watcher(None, store, "boot", clock, lambda _: None)
     before.take(Events(xids=[(PCI, 79, 1)]))  # and killed before it read the log
     clock.advance(90.0)
-    then = Watcher(None, store, "boot", clock, lambda: None)
+    then = Watcher(None, store, "boot", clock, lambda _: None)
     then.book.read(xid(3, at_s=100.1), None, 400.0)
     then.keep()
     assert [fault.count for fault in then.faults({}, without=set())] == [1]
-    assert Watcher(None, store, "another boot", clock, lambda: None).faults({}, without=set()) == ()
+    assert Watcher(None, store, "another boot", clock, lambda _: None).faults({}, without=set()) == ()
 
 
 def test_what_was_not_written_down_is_not_told(tmp_path: Path) -> None:
-    watcher = Watcher(None, tmp_path / "faults.msgpack", "boot", ManualClock(), lambda: None)
+    told: list[bool] = []
+    watcher = Watcher(None, tmp_path / "faults.msgpack", "boot", ManualClock(), told.append)
     watcher.book.read(xid(1), 0.0, 0.0)
     assert watcher.faults({}, without=set()) == ()
     watcher.keep()
     assert len(watcher.faults({}, without=set())) == 1
+    for k in range(2, 6):
+        watcher.book.read(xid(k), 0.1 * k, 0.0)
+        watcher.keep()
+    assert told == [True, False, False, False, False], "a flood is told with the next report"
     assert watcher.faults({}, without={PCI}) == (), "another agent's GPU"
 
 
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path: Path) -> None:
     clock = ManualClock(now=500.0)
-    watcher = Watcher(None, tmp_path / "faults.msgpack", "boot", clock, lambda: None)
+    watcher = Watcher(None, tmp_path / "faults.msgpack", "boot", clock, lambda _: None)
     watcher.take(Events(xids=[(PCI, 79, 1)]))
     clock.epoch -= 3600
     clock.advance(10.0)
@@ -160,7 +165,7 @@ def test_a_log_that_may_not_be_read_is_said(tmp_path: Path) -> None:
         pytest.skip("only root can become somebody who may not read it")
     log = tmp_path / "kmsg"
     log.touch(mode=0o600)
-    watcher = Watcher(log, tmp_path / "faults.msgpack", "boot", SystemClock(), lambda: None)
+    watcher = Watcher(log, tmp_path / "faults.msgpack", "boot", SystemClock(), lambda _: None)
 
     async def look() -> None:
         running = asyncio.create_task(watcher.run())

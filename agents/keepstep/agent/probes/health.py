@@ -48,7 +48,7 @@ class Health:
         self._store = inventory
         kept = folder.probes(settings.role)
         kept.mkdir(exist_ok=True)
-        self.watcher = Watcher(settings.kernel_log, kept / "faults.msgpack", boot, clock, self._look)
+        self.watcher = Watcher(settings.kernel_log, kept / "faults.msgpack", boot, clock, self._counted)
         only = settings.gpus or ()
         self._none = settings.gpus == ()  # by its settings this node has none
         self.sampler = Sampler(
@@ -134,6 +134,12 @@ class Health:
             *self._missing(),
         )
         self._update(now)
+
+    def _counted(self, fresh: bool) -> None:
+        """Something was counted: told at once unless it happens all the time."""
+        self._look()
+        if fresh:
+            self._changed()
 
     def _update(self, now: float) -> None:
         found = [check for checks in self._checks.values() for check in checks]

@@ -36,7 +36,6 @@ class Hung:
 
     call: str
     since: float
-    pci: str = ""
 
 
 class Evolution:

@@ -181,7 +181,7 @@ class Sampler:
         identity = next((each for each in self.present if each.index == gpu), Identity(gpu))
         name = identity.uuid or str(gpu)
         _log.warning("GPU %d (%s): %s does not come back; it is left out", gpu, identity.uuid, call)
-        self.hung[name] = Hung(call=call, since=since, pci=identity.pci)
+        self.hung[name] = Hung(call=call, since=since)
         self._trials[name] = _Trial(self._clock.monotonic() + self._pace.trial_s, self._pace.trial_s)
         self._well()
         self._changed()

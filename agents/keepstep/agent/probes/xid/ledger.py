@@ -16,6 +16,7 @@ from keepstep.core.health import FaultKind
 from keepstep.wire.messages import FaultCount
 
 PAIRED_S = 60.0  # a driver in trouble may hold back its events for long; its line is in the log at once
+FRESH_S = 1.0  # what happens more often than that is told with the next report
 COMPONENTS_MAX = 256  # counted apart; what comes after that is counted together
 _TEXT_MAX = 240
 
@@ -59,6 +60,7 @@ class _Burst:
 class Book:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.fresh = False  # since it was last set so: something that had not happened for a while
         self._faults = {(f.kind, f.code, f.component): f for f in ledger.faults}
 
     def read(self, data: bytes, at: float | None, clock_ahead_s: float) -> bool:
@@ -122,10 +124,10 @@ class Book:
         fault = self._fault(FaultKind.XID, code, pci, at)
         self._add(fault, _unpaired(fault, "nvml", times, at), at)
 
-    @staticmethod
-    def _add(fault: Fault, times: int, at: float) -> None:
-        fault.count += times
+    def _add(self, fault: Fault, times: int, at: float) -> None:
         if times:
+            self.fresh = self.fresh or not fault.count or at - fault.last_at > FRESH_S
+            fault.count += times
             fault.last_at = max(fault.last_at, at)
 
     def _fault(self, kind: FaultKind, code: int, component: str, at: float) -> Fault:

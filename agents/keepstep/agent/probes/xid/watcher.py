@@ -28,7 +28,7 @@ _LOST_TOLD_S = 600.0
 
 class Watcher:
     def __init__(
-        self, log: Path | None, store: Path, boot: str, clock: Clock, changed: Callable[[], None]
+        self, log: Path | None, store: Path, boot: str, clock: Clock, changed: Callable[[bool], None]
     ) -> None:
         self._log, self._store, self._clock, self._changed = log, store, clock, changed
         self.book = Book(_read(store, boot))
@@ -95,7 +95,8 @@ class Watcher:
         except OSError as error:
             self._say(f"{self._store} cannot be written, so counts may be told twice: {error.strerror}")
         self._kept = _copied(self.book.ledger)
-        self._changed()
+        fresh, self.book.fresh = self.book.fresh, False
+        self._changed(fresh)
 
     @property
     def actions(self) -> dict[str, tuple[int, float]]:
@@ -120,7 +121,7 @@ class Watcher:
     def _say(self, reason: str) -> None:
         if reason != self.reason:
             self.reason = reason
-            self._changed()
+            self._changed(False)
 
 
 def _read(store: Path, boot: str) -> Ledger:
