@@ -348,6 +348,27 @@ async def _nvml_is_unusable(tmp_path: Path) -> None:
         await its.sampled()
 
 
+async def _lost_before_the_start(tmp_path: Path) -> None:
+    async with probed(tmp_path, gpus=2) as its:
+        uuids = its.controller.registers[0].gpus
+        await its.agent.kill()
+        its.standin.lose(1)
+        its.agent.start()
+        await until(lambda: len(its.controller.registers) == 2, its.agent.said)
+        assert its.controller.registers[1].gpus == uuids
+        await its.stands("gpu.lost", uuids[1])
+        its.standin.gpu(1).answer = 0
+        await its.ends("gpu.lost", uuids[1])
+        await its.until(lambda: len(its.health.gpus) == 2 and len(its.samplers()) == 1)
+        pids = its.samplers()
+        await its.sampled(4)  # longer than until the next trial, if there were one
+        assert its.samplers() == pids and ("gpu.missing", "") not in its.checks()
+
+
+def test_a_gpu_that_was_lost_before_the_start_and_is_back(tmp_path: Path) -> None:
+    asyncio.run(_lost_before_the_start(tmp_path))
+
+
 def test_nvml_that_cannot_be_used(tmp_path: Path) -> None:
     asyncio.run(_nvml_is_unusable(tmp_path))
 

@@ -66,6 +66,7 @@ def after(*readings: Reading, now: float = 100.0) -> dict[str, Check]:
         ({"fabric": Fabric(1.0, state=3, status=999)}, "gpu.fabric", Level.BAD),
         ({"fabric": Fabric(1.0, state=3, summary=2)}, "gpu.fabric", Level.BAD),
         ({"error": catalogue.LOST}, "gpu.lost", Level.BAD),
+        ({"error": 6}, "gpu.lost", Level.BAD),  # its address is not found any more
         ({"error": catalogue.RESET_REQUIRED}, "gpu.recovery_action", Level.BAD),
     ],
 )

@@ -124,7 +124,7 @@ class Evolution:
 
     def _of_one(self, uuid: str, reading: Reading, past: Past, now: float, links: int) -> Iterator[Check]:
         limits = self._thresholds
-        if reading.error in {catalogue.LOST, 28}:
+        if reading.error and reading.error != catalogue.RESET_REQUIRED:
             yield _lost(uuid, reading.error)
             return
         action = self._action(reading)

@@ -158,7 +158,7 @@ class Sampler:
             if stuck_s > (self._pace.call_s if gpu != NO_GPU else inventory.OPEN_S):
                 return self._hangs(gpu, call, now - stuck_s)
             if gpu == NO_GPU and stuck_s > inventory.OPEN_S / 2:
-                self._fails(ProbeState.HUNG, f"{call} has not come back for {stuck_s:.0f} s")
+                self._fails(ProbeState.HUNG, f"{call} has not come back yet")
             if silent_s > (_SILENT_S if not call or gpu != NO_GPU else 2 * inventory.OPEN_S):
                 self._say(ProbeState.HUNG, f"the sampling process says nothing for {silent_s:.0f} s")
                 return False
@@ -197,6 +197,9 @@ class Sampler:
             lost |= {gpu.uuid for gpu in self.present if gpu.index in self.opened.errors}
         for name in lost - self._trials.keys():
             self._trials[name] = _Trial(now + self._pace.trial_s, self._pace.trial_s)
+        for name in self._trials.keys() - lost - self.hung.keys():
+            if self._trials[name].process is None:  # it is back
+                del self._trials[name]
 
     def _try_again(self, now: float) -> bool:
         """Trials that are due, and how they go. True: a GPU is back."""
@@ -217,6 +220,8 @@ class Sampler:
                 self.hung.pop(name, None)
                 if self.opened is not None:
                     self.opened.gpus += [gpu for gpu in trial.found if gpu not in self.opened.gpus]
+                    for found in trial.found:
+                        self.opened.errors.pop(found.index, None)
                 _log.info("GPU %s answers again", name)
                 self._well()
                 self._changed()
