@@ -563,13 +563,18 @@ async def _flood(tmp_path: Path, lines: int, within_s: float) -> float:
     async with probed(tmp_path, "--kernel-log", str(tmp_path / "kmsg.fifo"), gpus=8) as its:
         pipe = os.open(tmp_path / "kmsg.fifo", os.O_WRONLY)
 
+        at = int(seconds_since_boot() * 1e6)
+
         def pour() -> None:
             begun, sent = time.monotonic(), 0
             while sent < lines:
                 due = min(lines, int((time.monotonic() - begun) / within_s * lines))
-                for number in range(sent, due, 16):
-                    data = "".join(xid(k, 45, gpu=k % 8) for k in range(number, min(due, number + 16)))
-                    os.write(pipe, data.encode())
+                text = "".join(
+                    f"4,{k},{at},-;NVRM: Xid (PCI:0000:{0x0F + k % 8:02x}:00): 45, pid=77, Ch 00000008\n"
+                    for k in range(sent, due)
+                ).encode()
+                while text:
+                    text = text[os.write(pipe, text) :]
                 sent = max(sent, due)
                 time.sleep(0.005)
 
@@ -577,11 +582,11 @@ async def _flood(tmp_path: Path, lines: int, within_s: float) -> float:
             fields = Path(f"/proc/{its.agent.pid}/stat").read_text().rpartition(")")[2].split()
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-        before, began = spent_s(), time.monotonic()
+        before = spent_s()
         try:
             await asyncio.to_thread(pour)
-            share = (spent_s() - before) / (time.monotonic() - began)
             await its.until(lambda: sum(f.count for f in its.health.faults) == lines)
+            share = (spent_s() - before) / within_s
         finally:
             os.close(pipe)
         assert {f.code for f in its.health.faults} == {45} and len(its.health.faults) == 8
