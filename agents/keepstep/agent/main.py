@@ -8,6 +8,7 @@ how it ended is on disk, and a new agent finds everything again. See `folder` fo
        |           '-- progress, evidence, report                               what is told
     link ---- endpoint, spool                                                   to the controller and back
     watch --- alone                                                             beacons, and silence
+    health - probes: gpu, xid, host, network, storage; exporter                 how the node does
     queries - logs, inquiry (kernel, controlserver, recorder, stacks, ras)      what is asked for
 """
 
@@ -28,6 +29,9 @@ from keepstep.agent.endpoint import Endpoint, endpoints, read_credential
 from keepstep.agent.folder import Folder, Lock
 from keepstep.agent.launches import Launches
 from keepstep.agent.link import Link, Node
+from keepstep.agent.probes.gpu import inventory
+from keepstep.agent.probes.gpu.inventory import Inventory
+from keepstep.agent.probes.health import Health
 from keepstep.agent.settings import AgentSettings
 from keepstep.agent.slots import Slots
 from keepstep.agent.spool import Spool
@@ -70,7 +74,8 @@ class Agent:
         self._clock, self._boot = clock.SystemClock(), clock.boot_id()
         chance = clock.system_random()
         self._instance = ids.short(chance, 12)
-        self._gpus = settings.gpus if settings.gpus is not None else host.find_gpus()
+        self._inventory = Inventory(folder.probes(settings.role) / "gpus.json")
+        self._gpus = settings.gpus if settings.gpus is not None else self._found_gpus()
         most = len(self._gpus) or settings.slots or host.cpu_count()
         count = most if settings.slots is None else min(most, settings.slots)
         self._slots = Slots(count if settings.runs_ranks else 0, self._gpus)
@@ -81,6 +86,8 @@ class Agent:
         )  # fmt: skip
         self._link = Link(settings, folder, self._spool, node, clock=self._clock, chance=chance)
         self._launches = Launches(self._surroundings)
+        self._interface = settings.interface or ""
+        self._health = self._made_health() if settings.probes else None
         self._watch = Watch(self._launches, self._link.contact, self._clock)
         self._leaving, self._parent = False, os.getppid()
         self._leave = asyncio.Event()
@@ -89,6 +96,10 @@ class Agent:
         self._hurry = asyncio.Event()  # a second signal: no more grace
         self._saves, self._saved_at = 0, 0.0  # under way; and when the last one was over
         self._exit_code = 0
+
+    def _found_gpus(self) -> tuple[str, ...]:
+        call_s = self._settings.driver_call_s
+        return inventory.find(self._inventory, self._clock, os.environ, call_s=call_s)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -115,8 +126,29 @@ class Agent:
         return self._exit_code
 
     def _works(self) -> tuple[Coroutine[Any, Any, None], ...]:
-        follow = self._launches.around.carriers.follow(lambda: self._launches.carried)
-        return self._link.run(), self._watch.run(), self._mind(), follow
+        carriers = self._launches.around.carriers
+        follow = carriers.follow(lambda: self._launches.carried)
+        works = [self._link.run(), self._watch.run(), self._mind(), follow]
+        if self._health is not None:
+            works.append(self._health.run())
+        if self._health is not None and self._settings.metrics is not None:
+            works.append(self._exporting(*self._settings.metrics, self._health))
+        return tuple(works)
+
+    def _made_health(self) -> Health:
+        return Health(
+            self._settings, self._folder, self._inventory, clock=self._clock, boot=self._boot,
+            launches=lambda: [attempt.launch for attempt in self._launches.living],
+            interface=lambda: self._interface, changed=self._link.changed,
+        )  # fmt: skip
+
+    def _exporting(self, address: str, port: int, health: Health) -> Coroutine[Any, Any, None]:
+        # They cost memory that most agents can keep.
+        from keepstep.agent.probes.exporter import Exporter
+        from keepstep.agent.probes.metrics import Metrics
+
+        metrics = Metrics(health, platform.node(), self._launches.statuses)
+        return Exporter(address, port, metrics).run()
 
     # ---------------------------------------------------------------- leaving
 
@@ -196,6 +228,7 @@ class Agent:
         address, interface = host.training_address(
             endpoint.url, self._settings.address, self._settings.interface
         )
+        self._interface = interface
         return wire.Register(
             protocol=wire.PROTOCOL,
             version=_version(),
@@ -221,6 +254,7 @@ class Agent:
             attempts=self._launches.statuses(),
             standbys=self._launches.around.standbys.statuses(),
             snapshots=self._launches.around.carriers.statuses(),
+            health=None if self._health is None else self._health.status(),
             leaving=self._leaving,
         )
 
@@ -270,8 +304,12 @@ class Agent:
             controller=lambda: contact.endpoint.url if contact.endpoint else "",
             predecessors=launches.predecessors,
             changed=self._link.changed,
+            device_uuid=self._device_uuid,
             tell=self._tell,
         )
+
+    def _device_uuid(self, device: str) -> str:
+        return "" if self._health is None else self._health.uuid_of(device)
 
     def _ahead(self) -> Ahead | None:
         wanted = self._settings.standby_processes

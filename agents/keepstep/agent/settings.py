@@ -53,6 +53,11 @@ class AgentSettings:
     spool_bytes: int = 16 << 20  # of unacknowledged events; the oldest go first, and the gap is told
     snapshot_bytes: int | None = None  # of one rank's slots in memory, at most; None: half of what is free
     history: History = History()
+    probes: bool = True  # look after the node's health
+    kernel_log: Path | None = Path("/dev/kmsg")  # or a file or FIFO in its format; None: not read
+    driver_call_s: float = 3.0  # a call of the GPUs' driver that takes longer hangs: its GPU is left out
+    driver_trial_s: float = 60.0  # until such a GPU is tried again; twice as long each time
+    metrics: tuple[str, int] | None = None  # address and port of /metrics; None: none
 
     @property
     def runs_ranks(self) -> bool:
