@@ -19,7 +19,7 @@ from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
 from keepstep.core.states import NodeState
 from keepstep.decide.plan import Rejected
-from keepstep.decide.view import AttemptView, JobView, NodeView
+from keepstep.decide.view import RESERVED_FOR, AttemptView, JobView, NodeView
 
 Holders = Mapping[Node, JobId]
 
@@ -148,7 +148,9 @@ def missing(
     )
     if there.refused:
         parts.append(listed([f"{name} {why}" for name, why in there.refused.items()], most=6))
-    if not there.free and not there.refused:
+    if job.lacks:
+        parts.append(job.lacks)
+    elif not there.free and not there.refused:
         parts.append(f"pool {job.spec.pool} has no node" + (" of its own" if job.attached else ""))
     fits = next((layout for layout in options if job.spec.nodes_for(layout.dp) <= len(there.free)), None)
     if fits is not None:
@@ -184,7 +186,9 @@ def could_ever(job: JobView, nodes: Iterable[NodeView]) -> list[Node]:
 
 
 def _foreign(job: JobView, node: NodeView) -> bool:
-    """Attached nodes serve their own job, and an attached job has no others."""
+    """Attached and reserved nodes serve their own job, and an attached job has no others."""
+    if node.labels.get(RESERVED_FOR, job.id) != job.id:
+        return True
     return node.attached != (job.id if job.attached is not None else None)
 
 

@@ -1,0 +1,96 @@
+"""Options of commands that have to do with a Ray cluster; Ray itself is not imported here."""
+
+import importlib.util
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keepstep.core.clock import system_random
+from keepstep.core.errors import InputError
+from keepstep.core.home import Home
+from keepstep.core.ids import short
+
+if TYPE_CHECKING:
+    from keepstep.pools.ray.pool import RaySettings
+
+RayAddress = Annotated[
+    str,
+    typer.Option(
+        "--ray",
+        help="A Ray cluster as the pool `ray`: host:port or auto (RAY_ADDRESS) on one of its nodes, "
+        "ray://host:10001 from anywhere.",
+    ),
+]
+RayResource = Annotated[
+    str, typer.Option("--ray-resource", help="Ray's resource that is a slot: GPU, CPU or a custom one.")
+]
+RayLabels = Annotated[
+    list[str] | None,
+    typer.Option("--ray-label", help="Use only nodes with this label: KEY=VALUE, as Ray selects by them."),
+]
+RayDir = Annotated[
+    str, typer.Option("--ray-dir", help="Where agents keep their state on the nodes. /tmp/keepstep-ray")
+]
+RayUrl = Annotated[
+    str, typer.Option("--ray-url", help="Where the nodes reach the controller, if not at its --host.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayOptions:
+    address: str = ""  # "": no Ray
+    resource: str = "GPU"
+    labels: tuple[str, ...] = ()
+    folder: str = ""
+    url: str = ""
+
+    def arguments(self) -> list[str]:
+        if not self.address:
+            return []
+        given = ["--ray", self.address, "--ray-resource", self.resource]
+        for label in self.labels:
+            given += ["--ray-label", label]
+        given += ["--ray-dir", self.folder] if self.folder else []
+        return given + (["--ray-url", self.url] if self.url else [])
+
+    def check(self) -> None:
+        """Errors: InputError."""
+        if not self.address:
+            return
+        if importlib.util.find_spec("ray") is None:
+            raise InputError(
+                "Ray is not installed here",
+                where="--ray",
+                next="pip install 'keepstep[ray]' here, in the version that its nodes have.",
+            )
+        for label in self.labels:
+            if not all(label.partition("=")[::2]):
+                raise InputError(f"{label!r} is not KEY=VALUE", where="--ray-label")
+
+    def settings(self, home: Home) -> "RaySettings":
+        from keepstep.pools.ray.groups import Terms
+        from keepstep.pools.ray.pool import RaySettings
+
+        self.check()
+        address = self.address
+        if address == "auto":
+            address = os.environ.get("RAY_ADDRESS") or "auto"
+        labels = {key: value for key, _, value in (label.partition("=") for label in self.labels)}
+        terms = Terms(owner=_owner(home), resource=self.resource, labels=labels)
+        settings = RaySettings(address=address, terms=terms, url=self.url)
+        return replace(settings, folder=self.folder) if self.folder else settings
+
+
+NO_RAY = RayOptions()
+
+
+def _owner(home: Home) -> str:
+    """By what a controller knows its own in the cluster: made once, kept beside its store."""
+    path = home.path / "pool-ray.id"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        path.write_text(short(system_random(), 8) + "\n")
+        return path.read_text().strip()
