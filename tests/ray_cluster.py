@@ -150,15 +150,12 @@ class _Host:
         os.kill(self.raylet(name), signal.SIGTERM)
 
     def drain(self, name: str, within_s: float, reason: str) -> None:
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated import autoscaler_pb2
 
         node = next(n["NodeID"] for n in self._ray.nodes() if n["NodeName"] == name and n["Alive"])
         why = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline_ms = int((time.time() + within_s) * 1000)
-        accepted, problem = GcsClient(address=self._cluster.address).drain_node(
-            node, why, reason, deadline_ms
-        )
+        accepted, problem = self._gcs().drain_node(node, why, reason, deadline_ms)
         assert accepted, problem
 
     def nodes(self) -> dict[str, bool]:
@@ -181,11 +178,10 @@ class _Host:
         return [{"name": g["name"], "state": g["state"]} for g in mine if g["state"] != "REMOVED"]
 
     def demand(self) -> list[Json]:
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated import autoscaler_pb2
 
         reply = autoscaler_pb2.GetClusterResourceStateReply()
-        reply.ParseFromString(GcsClient(address=self._cluster.address).get_cluster_resource_state())
+        reply.ParseFromString(self._gcs().get_cluster_resource_state())
         gangs = reply.cluster_resource_state.pending_gang_resource_requests
         return [
             {
@@ -196,16 +192,18 @@ class _Host:
             for g in gangs
         ]
 
+    def _gcs(self) -> Any:
+        return self._ray._private.worker.global_worker.gcs_client
+
     def kill_head(self) -> None:
         os.kill(self._cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
 
     def set_version(self, version: str) -> str:
         from ray._common.usage import usage_constants
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.experimental.internal_kv import _internal_kv_initialized
 
         assert _internal_kv_initialized()
-        client = GcsClient(address=self._cluster.address)
+        client = self._gcs()
         key, space = usage_constants.CLUSTER_METADATA_KEY, b"cluster"
         said = json.loads(client.internal_kv_get(key, space))
         client.internal_kv_put(key, json.dumps({**said, "ray_version": version}).encode(), True, space)

@@ -1,7 +1,10 @@
 """Options of commands that have to do with a Ray cluster; Ray itself is not imported here."""
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +17,8 @@ from keepstep.core.ids import short
 
 if TYPE_CHECKING:
     from keepstep.pools.ray.pool import RaySettings
+
+_CHECKUP_WITHIN_S = 120.0
 
 RayAddress = Annotated[
     str,
@@ -69,17 +74,34 @@ class RayOptions:
             if not all(label.partition("=")[::2]):
                 raise InputError(f"{label!r} is not KEY=VALUE", where="--ray-label")
 
+    def checkup(self) -> list[dict[str, str]]:
+        """What is found wrong with the cluster, by a process of its own. Errors: InputError."""
+        self.check()
+        command = [sys.executable, "-m", "keepstep.pools.ray.checkup", self.found, self.resource, self.url]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_CHECKUP_WITHIN_S, check=False)
+            found: list[dict[str, str]] = json.loads(done.stdout)
+        except subprocess.TimeoutExpired:
+            told = f"{self.found}: no answer within {_CHECKUP_WITHIN_S:g} s"
+            return [{"what": "ray cluster", "state": "failed", "told": told}]
+        except ValueError:
+            told = f"{self.found}: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}"
+            return [{"what": "ray cluster", "state": "failed", "told": told}]
+        return found
+
+    @property
+    def found(self) -> str:
+        """The address, with what the environment says."""
+        return os.environ.get("RAY_ADDRESS") or "auto" if self.address == "auto" else self.address
+
     def settings(self, home: Home) -> "RaySettings":
         from keepstep.pools.ray.groups import Terms
         from keepstep.pools.ray.pool import RaySettings
 
         self.check()
-        address = self.address
-        if address == "auto":
-            address = os.environ.get("RAY_ADDRESS") or "auto"
         labels = {key: value for key, _, value in (label.partition("=") for label in self.labels)}
         terms = Terms(owner=_owner(home), resource=self.resource, labels=labels)
-        settings = RaySettings(address=address, terms=terms, url=self.url)
+        settings = RaySettings(address=self.found, terms=terms, url=self.url)
         return replace(settings, folder=self.folder) if self.folder else settings
 
 

@@ -1,0 +1,201 @@
+"""What can happen to a job on Ray beside what can happen on every pool: Ray's own parts die, drain or refuse.
+
+One cluster for all, a controller for those that go well together; the last test takes the head away.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import Cluster, Json
+from keepstep.cli.rayed import RayOptions
+from ray_cluster import RayCluster
+from specs import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+NODES = ("n1", "n2", "n3")
+
+
+@pytest.fixture(scope="module")
+def ray(ray_cluster: Callable[[], RayCluster]) -> RayCluster:
+    cluster = ray_cluster()
+    for node in NODES:
+        cluster.add(node, 2, bench="faults")
+    return cluster
+
+
+def options(ray: RayCluster, home: Path, address: str = "") -> RayOptions:
+    return RayOptions(
+        address=address or ray.address,
+        resource=ray.resource,
+        labels=("bench=faults",),
+        folder=str(home / "nodes"),
+    )
+
+
+def begin(ray: RayCluster, folder: Path, address: str = "") -> Cluster:
+    home = folder / "home"
+    return Cluster(home, nodes=0, slots=2, ray=options(ray, home, address))
+
+
+@pytest.fixture(scope="module")
+def cluster(ray: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = begin(ray, tmp_path_factory.mktemp("faults"))
+    made.until(lambda: set(known(made)) >= set(NODES), "Ray's nodes to be known")
+    yield made
+    ray.close()  # first: without its head nobody but the raylets ends what Ray keeps
+    made.close()
+
+
+def known(cluster: Cluster) -> list[str]:
+    return [node["name"] for node in cluster.client.get("/nodes")["nodes"]]
+
+
+def nothing_left(ray: RayCluster) -> None:
+    ray.until(lambda: not ray.actors() and not ray.groups(), "actors and groups to be removed")
+
+
+def driver_of(cluster: Cluster) -> int:
+    children = psutil.Process(cluster.running.pid).children()
+    return next(int(one.pid) for one in children if "keepstep.pools.ray.driver" in one.cmdline())
+
+
+def kinds(cluster: Cluster, kind: str) -> list[Json]:
+    events = cluster.client.pages("/events", "events", limit=1000)
+    return [event for event in events if event["kind"] == kind]
+
+
+def test_what_cannot_be_placed_says_why_and_is_demand(
+    ray: RayCluster, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Also: two controllers on one cluster do not touch each other's."""
+    large = TINY.replace("nodes: 2, gpus_per_node: 2", "nodes: 5, gpus_per_node: 2").replace("dp: 2", "dp: 5")
+    large = large.replace("global_tokens: 512", "global_tokens: 640")
+    job = cluster.submit(large, "pool=ray")
+    told = cluster.wait(job, lambda job: "Ray is asked for 5 whole nodes" in job["reason"])
+    assert "3 of 3 nodes can be had, bench=faults (n1, n2, n3)" in told["reason"]
+    assert "resources.nodes up to 3 would fit now" in told["reason"]
+    asked = {ray.resource: 2.0}
+    ray.until(lambda: ray.demand() and ray.demand()[0]["bundles"] == [asked] * 5, "the gang as demand")
+
+    other = begin(ray, tmp_path)
+    try:
+        job_too = other.submit(large, "pool=ray")
+        ray.until(lambda: len(ray.groups()) == 2, "the other controller's group")
+        owners = {group["name"].split("/")[1] for group in ray.groups()}
+        assert len(owners) == 2
+        other.client.post(f"/jobs/{job_too}/cancel")
+        ray.until(lambda: len(ray.groups()) == 1, "its own group to be removed")
+    finally:
+        other.close()
+    assert [group["name"].split("/")[2] for group in ray.groups()] == [job]
+    cluster.client.post(f"/jobs/{job}/cancel")
+    cluster.wait_state(job, "cancelled")
+    nothing_left(ray)
+
+
+def test_a_cluster_that_is_gone_or_of_another_version_is_named(ray: RayCluster, tmp_path: Path) -> None:
+    before = ray.set_version("2.49.0")
+    try:
+        newer = begin(ray, tmp_path / "newer")
+        try:
+            job = newer.submit(TINY, "pool=ray")
+            told = newer.wait(job, lambda job: "does not answer" in job["reason"])
+            assert "ersion mismatch" in told["reason"]
+        finally:
+            newer.close()
+    finally:
+        ray.set_version(before)
+    gone = begin(ray, tmp_path / "gone", address="127.0.0.1:9")
+    try:
+        job = gone.submit(TINY, "pool=ray")
+        told = gone.wait(job, lambda job: "does not answer" in job["reason"])
+        assert told["state"] == "queued"
+        assert "127.0.0.1:9" in told["reason"]
+    finally:
+        gone.close()
+
+
+def test_a_gang_outlives_controller_driver_actor_and_raylet(ray: RayCluster, cluster: Cluster) -> None:
+    """One job through all of it, on two nodes and a spare."""
+    job = cluster.submit(TINY, "pool=ray", "resources.spares=1", "run.llama.steps=100000")
+    ray.until(ray.groups, "its group")
+    cluster.kill_controller()  # in the middle of the placement
+    cluster.start()
+    told = cluster.wait_step(job, 3)
+    cluster.until(lambda: len(cluster.connected()) == 3, "the spare's agent")
+    assert told["attempt"]["number"] == 1
+    gang, extra = sorted(group["name"].rpartition("/")[2] for group in ray.groups())
+    assert (gang, extra) == ("gang-1", "extra-1")[::-1] or (gang, extra) == ("extra-1", "gang-1")
+    actors = {actor["name"]: actor["pid"] for actor in ray.actors()}
+    assert len(actors) == 3
+
+    driver = driver_of(cluster)
+    os.kill(driver, signal.SIGKILL)
+    cluster.until(lambda: driver_of(cluster) != driver, "another driver")
+    cluster.kill_controller()
+    cluster.start()
+    cluster.until(lambda: len(cluster.connected()) == 3, "the agents to be back")
+    cluster.wait_step(job, cluster.job(job)["progress"]["step"] + 3)
+    assert cluster.job(job)["attempt"]["number"] == 1, cluster.story(job)
+    assert {actor["name"]: actor["pid"] for actor in ray.actors()} == actors
+
+    node = told["attempt"]["nodes"][1]
+    os.kill(next(actor["pid"] for actor in ray.actors() if actor["node"] == node), signal.SIGKILL)
+    told = cluster.wait_step(job, 5, attempt=2)
+    cluster.until(lambda: len(cluster.connected()) == 3, "an actor in the same bundle")
+    assert len(ray.groups()) == 2
+
+    lost, killed_at = told["attempt"]["nodes"][1], time.time()
+    spare = (set(NODES) - set(told["attempt"]["nodes"])).pop()
+    number = told["attempt"]["number"]
+    ray.kill(lost)
+    told = cluster.wait_step(job, 5, attempt=number + 1)
+    assert spare in told["attempt"]["nodes"], cluster.story(job)
+    assert "is whole in memory" in placed(cluster, job)
+    assert cluster.incidents(job)[-1]["culprit"]["node"] == lost
+    print("raylet killed, next step after", told["attempt"]["first_step_at"] - killed_at)
+    cluster.until(lambda: kinds(cluster, "ray node dead"), "Ray's own word of it")
+
+    left = told["attempt"]["nodes"][0]
+    number = told["attempt"]["number"]
+    drained_at = time.time()
+    ray.drain(left, 10.0)
+    told = cluster.wait_step(job, 5, attempt=number + 1)
+    assert left not in told["attempt"]["nodes"], cluster.story(job)
+    assert told["attempt"]["rung"] == "fewer replicas"
+    dead = next(event for event in kinds(cluster, "dead") if event["attempt"] == number)
+    assert dead["at"] - drained_at < 10.0
+    done = max(p["step"] for p in points(cluster, job) if p["attempt"] <= number)
+    first = min(p["step"] for p in points(cluster, job) if p["attempt"] > number)
+    assert first == done + 1  # nothing is done again
+
+    cluster.client.post(f"/jobs/{job}/cancel")
+    cluster.wait_state(job, "cancelled")
+    nothing_left(ray)
+
+
+def test_without_its_head_the_gang_trains_on(ray: RayCluster, cluster: Cluster) -> None:
+    """The last test: there is no cluster after it."""
+    one = TINY.replace("nodes: 2", "nodes: 1").replace("dp: 2", "dp: 1")
+    job = cluster.submit(one, "pool=ray", "run.llama.steps=100000")
+    cluster.wait_step(job, 3)
+    ray.kill_head()
+    cluster.until(lambda: kinds(cluster, "ray lost"), "the timeline to say it")
+    assert "What runs goes on" in kinds(cluster, "ray lost")[-1]["text"]
+    told = cluster.wait_step(job, cluster.job(job)["progress"]["step"] + 3)
+    assert told["attempt"]["number"] == 1
+
+
+def placed(cluster: Cluster, job: str) -> str:
+    events = cluster.client.pages("/events", "events", limit=1000, job=job)
+    return str([event for event in events if event["kind"] == "placed"][-1]["text"])
+
+
+def points(cluster: Cluster, job: str) -> list[Json]:
+    return list(cluster.client.pages(f"/jobs/{job}/metrics", "points", limit=10_000))
