@@ -201,6 +201,8 @@ class Controller:
             if member.state is before:  # else it registered while this was written
                 member.state, member.ready_at = after, self.time.now
         for change in writes:
+            if isinstance(change, p.End) and change.moves:
+                self.book.entries[change.job].grace = change.attempt, change.grace_s
             if isinstance(change, p.Find):
                 self.book.entries[change.job].found[change.verdict.signature] = self.time.now
             log.info("%s: %s: %s", change.job, type(change).__name__, change.reason)

@@ -117,5 +117,5 @@ def _want(entry: Entry) -> Want | None:
 
 
 def _told(known: Known) -> str:
-    within = "" if known.leaves_in_s in {None, float("inf")} else f", within {known.leaves_in_s:.0f} s"
+    within = "" if known.leaves_in_s is None else f", within {known.leaves_in_s:.0f} s"
     return f"{known.leaves}{within}"

@@ -29,6 +29,7 @@ def leave(job: JobView, attempt: AttemptView, view: View, held: Holders, policy:
         job=job.id,
         attempt=attempt.number,
         grace_s=grace_s,
+        moves=True,
         reason=f"{names} will go{when} ({going[0].leaves}): its ranks have {grace_s:g} s to save their "
         f"state, then it {where}",
     )

@@ -101,6 +101,7 @@ class End(Change):
     attempt: Attempt
     grace_s: float = 0.0
     verdict: Verdict | None = None  # None: wanted by a person, or to grow
+    moves: bool = False  # off nodes that will go: the grace is its ranks' although it will run on
     finish_s: float = 0.0  # a rank that has a regular file open for writing gets this long to finish it
 
 

@@ -1,4 +1,4 @@
-"""What is usually wrong with a cluster, looked for: `python -m keepstep.pools.ray.checkup ADDRESS RESOURCE URL`.
+"""What is usually wrong with a cluster: `python -m keepstep.pools.ray.checkup ADDRESS RESOURCE URL`.
 
 A process of its own, for `keepstep doctor --pool ray`. It asks each node that jobs could use, and prints one
 JSON list of findings.
@@ -56,7 +56,7 @@ def _unreachable(url: str) -> str:
 def findings(address: str, resource: str, url: str) -> list[Finding]:
     try:
         connect(address)
-    except (RuntimeError, ConnectionError, ray.exceptions.RayError) as problem:
+    except (RuntimeError, OSError, ray.exceptions.RayError) as problem:
         return [_finding("ray cluster", "failed", f"{address}: {str(problem).strip().splitlines()[0]}")]
     nodes = [node for node in ray.nodes() if node["Alive"]]
     fit = [node for node in nodes if node["Resources"].get(resource, 0) >= 1]

@@ -8,11 +8,12 @@ A client of a cluster (`ray://`) is told less than a driver inside, so there an 
 """
 
 import os
+import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import ray
@@ -24,9 +25,11 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from keepstep.core.clock import SystemClock
 from keepstep.pools.ray.keeper import Keeper
 from keepstep.pools.ray.words import NAMESPACE, Actor, Group, RayNode, Seen, Wanted, WantedAgent, WantedGroup
 
+_CLOCK = SystemClock()
 _TICK_S = 0.25
 _BEAT_S = 1.0
 _AGAIN_S = 2.0  # an actor that dies is not started more often
@@ -65,9 +68,9 @@ class Eye:
 def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any]) -> RayNode:
     identity = row["NodeID"]
     drains_in_s = None
-    if identity in drained and row["Alive"]:
-        at = drained[identity] / 1000
-        drains_in_s = float("inf") if at <= 0 else max(0.0, round(at - time.time(), 1))
+    draining = identity in drained and row["Alive"]
+    if draining and drained[identity] > 0:  # Ray says it in wall time only: clocks of a cluster agree
+        drains_in_s = max(0.0, round(drained[identity] / 1000 - _CLOCK.wall(), 1))
     return RayNode(
         id=identity,
         name=row["NodeName"],
@@ -78,6 +81,7 @@ def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any
         labels=row.get("Labels") or {},
         death="" if row["Alive"] else f"{row.get('DeathReason')}: {row.get('DeathReasonMessage')}",
         orderly=not row["Alive"] and _UNEXPECTED not in str(row.get("DeathReason")),
+        draining=draining,
         drains_in_s=drains_in_s,
     )
 
@@ -110,7 +114,7 @@ class Driver:
 
     def turn(self, wanted: Wanted | None) -> None:
         seen = self._look()
-        now = time.monotonic()
+        now = _CLOCK.monotonic()
         if _without_ages(seen) != _without_ages(self._said) or now - self._said_at >= _BEAT_S:
             self._said, self._said_at = seen, now
             self._say(seen)
@@ -220,6 +224,10 @@ class _Ear:
 
 
 def connect(address: str) -> None:
+    """Errors: ConnectionError, RuntimeError (another version, for one), at once where nobody listens."""
+    where = urlsplit(address if "://" in address else f"ray://{address}")
+    if where.port is not None:
+        socket.create_connection((where.hostname or "", where.port), _ANSWER_WITHIN_S).close()
     ray.init(
         address=address,
         namespace=NAMESPACE,

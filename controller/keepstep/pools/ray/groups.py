@@ -74,7 +74,7 @@ def avoided(terms: Terms, seen: Seen, cordoned: Set[Node]) -> frozenset[str]:
     """Nodes that get nothing new: cordoned ones, and those that will go."""
     nodes = usable(terms, seen)
     called = names(nodes)
-    return frozenset(node.id for node in nodes if called[node.id] in cordoned or node.drains_in_s is not None)
+    return frozenset(node.id for node in nodes if called[node.id] in cordoned or node.draining)
 
 
 def shape(
@@ -161,8 +161,8 @@ class _Job:
     def _unfit(self, node: RayNode, name: Node, size: float, cordoned: Set[Node]) -> str:
         if name in cordoned:
             return "is cordoned"
-        if node.drains_in_s is not None:
-            return f"is being drained ({node.drain_reason})"
+        if node.draining:
+            return "is being drained"
         if node.total.get(self.terms.resource, 0) < size:
             return f"has {node.total.get(self.terms.resource, 0):g}"
         free = node.available.get(self.terms.resource, 0)

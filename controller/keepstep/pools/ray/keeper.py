@@ -15,6 +15,9 @@ import threading
 import time
 from pathlib import Path
 
+from keepstep.core.clock import SystemClock
+
+_CLOCK = SystemClock()
 _LOOK_S = 0.2
 _AGAIN_S = 1.0  # an agent that ends is not started more often than this
 _LEAVE_WITHIN_S = 20.0
@@ -81,7 +84,7 @@ class Keeper:
         finally:
             os.close(reading)
         self._pid = int(said.stdout)
-        self._began = time.monotonic()
+        self._began = _CLOCK.monotonic()
 
     def _alive(self) -> bool:
         return self._pid != 0 and Path(f"/proc/{self._pid}").exists() and not self._exit_code()
@@ -96,7 +99,7 @@ class Keeper:
         asked_at = 0.0
         while True:
             time.sleep(_LOOK_S)
-            now = time.monotonic()
+            now = _CLOCK.monotonic()
             if self._leaving or os.getppid() != self._raylet:
                 self._go()
             with self._lock:
@@ -113,8 +116,8 @@ class Keeper:
     def _go(self) -> None:
         """Let the agent end everything, make sure of it, and go."""
         os.close(self._leash)
-        deadline = time.monotonic() + _LEAVE_WITHIN_S
-        while self._alive() and time.monotonic() < deadline:
+        deadline = _CLOCK.monotonic() + _LEAVE_WITHIN_S
+        while self._alive() and _CLOCK.monotonic() < deadline:
             time.sleep(_LOOK_S / 4)
         if self._alive():
             os.kill(self._pid, signal.SIGKILL)

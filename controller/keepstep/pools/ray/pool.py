@@ -98,7 +98,7 @@ class RayPool:
             deadline = self.clock.monotonic() + _STOP_WITHIN_S
             self._decide()
             while self._seen.groups or self._seen.actors:
-                if self.clock.monotonic() > deadline or self._driver.returncode is not None:
+                if self._problem or self.clock.monotonic() > deadline or self._driver.returncode is not None:
                     log.warning("left on Ray: %s", [group.name for group in self._seen.groups])
                     break
                 await asyncio.sleep(0.05)
@@ -253,7 +253,7 @@ class RayPool:
             Known(
                 name=called[node.id],
                 slots=int(node.total[self.settings.terms.resource]),
-                leaves="" if node.drains_in_s is None else f"Ray drains it: {node.drain_reason}".rstrip(": "),
+                leaves="Ray drains it" if node.draining else "",
                 leaves_in_s=node.drains_in_s,
             )
             for node in self._usable()

@@ -20,8 +20,8 @@ class RayNode(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     death: str = ""  # Ray's word for how it died
     orderly: bool = False  # it ended by itself or was told to: its processes ended with it
-    drains_in_s: float | None = None  # None: it is not drained; inf: without a deadline
-    drain_reason: str = ""
+    draining: bool = False
+    drains_in_s: float | None = None  # None: without a deadline
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
