@@ -6,6 +6,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     policy NAME=VALUE ...           bounds of the operator
     up SECONDS                      since this controller took its term (100 unless said)
     node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering= away reset cordoned back]
+               [for=JOB leaves=WHY leaves_in=SECONDS]      asked for one job; its pool will take it away
     job ID [script] [nodes= gpus= dp= pp= spares= min_dp= priority= fenced ...] [state= wanted= wait= queued=]
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
@@ -63,6 +64,7 @@ from keepstep.decide.decide import decide
 from keepstep.decide.restore import memory_point, protected_step, restore_point
 from keepstep.decide.silence import Silence
 from keepstep.decide.view import (
+    RESERVED_FOR,
     Asked,
     AttemptView,
     Ended,
@@ -478,6 +480,9 @@ _NODE: dict[str, Callable[[str], tuple[str, Any]]] = {
     "confirmed": lambda text: ("confirmed", text),
     "attached": lambda text: ("attached", JobId(text)),
     "warm": lambda text: ("warm_for", frozenset(map(JobId, text.split(",")))),
+    "for": lambda text: ("labels", {RESERVED_FOR: text}),
+    "leaves": lambda text: ("leaves", text),
+    "leaves_in": lambda text: ("leaves_in_s", float(text)),
     "lingering": lambda text: ("lingering", frozenset(map(JobId, filter(None, text.split(","))))),
     "away": lambda _: ("connected", False),
     "reset": lambda _: ("reset", True),
