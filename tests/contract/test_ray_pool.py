@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from cluster import Cluster, Json
 from keepstep.cli.rayed import RayOptions
+from keepstep.pools.ray.words import Seen, Wanted, WantedAgent, WantedGroup
 from ray_cluster import RayCluster
 from specs import TINY
 
@@ -144,6 +146,44 @@ def test_a_cluster_that_is_gone_or_of_another_version_is_named(ray: RayCluster, 
         assert "127.0.0.1:9" in told["reason"]
     finally:
         gone.close()
+
+
+def test_what_a_controller_left_goes_with_its_last_agent(ray: RayCluster, tmp_path: Path) -> None:
+    """One that never comes back; it was a client of the cluster, from outside."""
+    prefix = "keepstep/lost/"
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "keepstep.pools.ray.driver", ray.client_address, prefix],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert driver.stdin is not None and driver.stdout is not None
+    try:
+        group = WantedGroup(
+            name=f"{prefix}j/gang-1", bundles=2, resources={ray.resource: 2.0}, selector={"bench": "faults"}
+        )
+        driver.stdin.write(msgspec.json.encode(Wanted(groups=(group,))) + b"\n")
+        driver.stdin.flush()
+        seen = Seen()
+        while not (seen.groups and seen.groups[0].state == "CREATED"):
+            seen = msgspec.json.decode(driver.stdout.readline(), type=Seen)
+            assert not seen.problem
+        agents = tuple(
+            WantedAgent(
+                actor=f"{group.name}/{index}@x", group=group.name, bundle=index, ray_node=node,
+                resources=group.resources, node=f"lost{index}", folder=str(tmp_path / f"lost{index}"),
+                arguments=("--pool", "ray", "--slots", "1", "--exit-when-orphaned", "1"),
+                endpoint=json.dumps({"url": "http://127.0.0.1:9", "token": "none"}),
+            )
+            for index, node in enumerate(seen.groups[0].nodes)
+        )  # fmt: skip
+        driver.stdin.write(msgspec.json.encode(Wanted(groups=(group,), agents=agents)) + b"\n")
+        driver.stdin.flush()
+        ray.until(lambda: len(ray.actors()) == 2, "both actors")
+    finally:
+        driver.kill()
+        driver.wait(30)
+        driver.stdin.close()
+        driver.stdout.close()
+    nothing_left(ray)
 
 
 def test_a_gang_outlives_controller_driver_actor_and_raylet(ray: RayCluster, cluster: Cluster) -> None:
