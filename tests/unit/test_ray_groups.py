@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from keepstep.core.ids import JobId, Node
+from keepstep.decide.place import matches
 from keepstep.decide.view import RESERVED_FOR
 from keepstep.pools.pool import Want
-from keepstep.pools.ray.groups import NODE_ID, Shape, Terms, matches, names, shape
+from keepstep.pools.ray.groups import NODE_ID, Shape, Terms, names, shape
 from keepstep.pools.ray.words import Actor, Group, RayNode, Seen, Wanted, WantedAgent
 
 TERMS = Terms(owner="me", resource="GPU", labels={"gpu": "h100"})
@@ -84,6 +85,14 @@ def test_a_waiting_group_is_asked_for_anew_when_others_are_to_be_avoided() -> No
     other = shaped(want(), *there, groups=(waiting,), asked={GANG: {"gpu": "h100"}}, cordoned=("a",))
     assert [g.name for g in other.groups] == ["keepstep/me/j/gang-2"]
     assert other.groups[0].selector[NODE_ID] == "!in(id-a)"
+
+
+def test_a_job_may_ask_for_labels_of_its_own() -> None:
+    wanted = Want(job=JobId("j"), nodes=1, slots=8, labels={"rack": "in(r1,r2)"})
+    there = [node("a"), node("b")]
+    found = shaped(wanted, *there)
+    assert found.groups[0].selector == {"gpu": "h100", "rack": "in(r1,r2)"}
+    assert "0 of 0 nodes can be had, gpu=h100, rack=in(r1,r2)" in found.waits[JobId("j")]
 
 
 def test_what_no_job_wants_is_not_wanted() -> None:

@@ -112,6 +112,7 @@ def _want(entry: Entry) -> Want | None:
         nodes=resources.nodes,
         slots=resources.gpus_per_node,
         spares=resources.spares,
+        labels=resources.labels,
         using=using,
     )
 

@@ -85,6 +85,9 @@ def unusable(job: JobView, node: NodeView, held: Holders = {}) -> str:  # noqa: 
         return "is not connected"
     if node.cordoned:
         return "is cordoned"
+    for label, selector in job.spec.resources.labels.items():
+        if not matches(node.labels.get(label), selector):
+            return f"has {label} {node.labels.get(label, 'not set')}, not {selector}"
     if node.slots < need:
         return f"has {node.slots} of {need} slots"
     if node.lingering:
@@ -93,6 +96,14 @@ def unusable(job: JobView, node: NodeView, held: Holders = {}) -> str:  # noqa: 
     if holder is not None and holder != job.id:
         return f"is {holder}'s"
     return ""
+
+
+def matches(have: str | None, selector: str) -> bool:
+    """Whether a node's label is as it must be: value, !value, in(a,b), !in(a,b)."""
+    positive = not selector.startswith("!")
+    body = selector.removeprefix("!")
+    values = body[3:-1].split(",") if body.startswith("in(") and body.endswith(")") else [body]
+    return (have in [value.strip() for value in values]) is positive
 
 
 def layouts(spec: JobSpec) -> tuple[Layout, ...]:

@@ -20,6 +20,7 @@ class Want:
     nodes: int
     slots: int  # of each node, at least
     spares: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)  # selectors of its nodes' labels
     using: frozenset[Node] = frozenset()  # where its present attempt runs
 
 

@@ -7,6 +7,7 @@ detached and found again by name. It ends with its controller, when its standard
 A client of a cluster (`ray://`) is told less than a driver inside, so there an actor of its own looks.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -140,7 +141,8 @@ class Driver:
             del self._leaving[name]
         for group in seen.groups:
             if group.name not in groups and group.name not in busy:
-                remove_placement_group(get_placement_group(group.name))
+                with contextlib.suppress(ValueError):  # it has gone already
+                    remove_placement_group(get_placement_group(group.name))
 
     def _make(self, wanted: Wanted, seen: Seen, now: float) -> None:
         groups = {group.name for group in seen.groups}
@@ -228,13 +230,7 @@ def connect(address: str) -> None:
     where = urlsplit(address if "://" in address else f"ray://{address}")
     if where.port is not None:
         socket.create_connection((where.hostname or "", where.port), _ANSWER_WITHIN_S).close()
-    ray.init(
-        address=address,
-        namespace=NAMESPACE,
-        log_to_driver=False,
-        configure_logging=False,
-        **({} if address.startswith("ray://") else {"_skip_env_hook": True}),
-    )
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from keepstep.core.ids import JobId, Node
+from keepstep.decide.place import matches
 from keepstep.decide.view import RESERVED_FOR
 from keepstep.pools.pool import Want
 from keepstep.pools.ray.words import Group, RayNode, Seen, WantedAgent, WantedGroup
@@ -41,23 +42,17 @@ class Shape:
     waits: Mapping[JobId, str]
 
 
-def usable(terms: Terms, seen: Seen) -> tuple[RayNode, ...]:
-    """Living nodes that the pool may use at all."""
+def usable(terms: Terms, seen: Seen, labels: Mapping[str, str] = {}) -> tuple[RayNode, ...]:
+    """Living nodes that the pool may use at all, and a job that asks for labels."""
     return tuple(
         node
         for node in seen.nodes
         if node.alive
         and node.total.get(terms.resource, 0) >= 1
-        and all(matches(node.labels.get(key), value) for key, value in terms.labels.items())
+        and all(
+            matches(node.labels.get(key), value) for key, value in (*terms.labels.items(), *labels.items())
+        )
     )
-
-
-def matches(have: str | None, selector: str) -> bool:
-    """One of Ray's label selectors: value, !value, in(a,b), !in(a,b)."""
-    positive = not selector.startswith("!")
-    body = selector.removeprefix("!")
-    values = body[3:-1].split(",") if body.startswith("in(") and body.endswith(")") else [body]
-    return (have in [value.strip() for value in values]) is positive
 
 
 def names(nodes: Iterable[RayNode]) -> dict[str, Node]:
@@ -138,7 +133,8 @@ class _Job:
         gang = next(iter(groups))
         if self._placed(gang.name) is not None:
             return ""
-        size, nodes = gang.resources[self.terms.resource], usable(self.terms, self.seen)
+        size = gang.resources[self.terms.resource]
+        nodes = usable(self.terms, self.seen, self.want.labels)
         called = names(nodes)
         fits, others = [], []
         for node in sorted(nodes, key=lambda node: called[node.id]):
@@ -149,7 +145,7 @@ class _Job:
                 fits.append(called[node.id])
         what = f"{size:g} {self.terms.resource}"
         parts = [f"Ray is asked for {self.want.nodes} whole nodes with {what} each"]
-        where = "".join(f", {key}={value}" for key, value in self.terms.labels.items())
+        where = "".join(f", {key}={value}" for key, value in self._labels().items())
         parts.append(f"{len(fits)} of {len(nodes)} nodes can be had{where}" + _listed(fits))
         parts += others[:_LISTED_MAX]
         if len(others) > _LISTED_MAX:
@@ -190,15 +186,19 @@ class _Job:
 
     def _selector(self, apart: frozenset[str]) -> dict[str, str]:
         away = sorted(self.avoid | (apart - {""}))
-        selector = dict(self.terms.labels)
+        selector = self._labels()
         if away:
             selector[NODE_ID] = f"!in({','.join(away)})"
         return selector
 
     def _size(self) -> dict[str, float]:
-        amounts = [node.total[self.terms.resource] for node in usable(self.terms, self.seen)]
+        nodes = usable(self.terms, self.seen, self.want.labels)
+        amounts = [node.total[self.terms.resource] for node in nodes]
         enough = [amount for amount in amounts if amount >= self.want.slots]
         return {self.terms.resource: float(min(enough, default=self.want.slots))}
+
+    def _labels(self) -> dict[str, str]:
+        return {**self.terms.labels, **self.want.labels}
 
     def _found(self, kind: str) -> list[Group]:
         start = f"{self.terms.prefix}{self.want.job}/{kind}-"

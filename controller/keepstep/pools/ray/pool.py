@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _LINE_BYTES_MAX = 64 << 20
 _SILENT_S = 15.0  # the driver says something each second
+_HUNG_S = 90.0  # longer than Ray itself waits for a head that may come back
 _AGAIN_S = 3.0  # between two starts of the driver
 _RENEW_S = 10.0  # an agent that Ray keeps and that does not connect gets a new credential
 _RAYLET_FENCE_S = 75.0  # a raylet that cannot reach its head ends after 60 s, and its actors with it
@@ -111,8 +112,11 @@ class RayPool:
     async def _keep_driver(self) -> None:
         now = self.clock.monotonic()
         if self._driver is not None and self._driver.returncode is None:
-            if now - max(self._seen_at, self._tried_at) > _SILENT_S and not self._problem:
+            silent_s = now - max(self._seen_at, self._tried_at)
+            if silent_s > _SILENT_S and not self._problem:
                 self._trouble(f"nothing was heard of it for {_SILENT_S:g} s")
+            if silent_s > _HUNG_S:
+                self._driver.kill()
             return
         if now - self._tried_at < _AGAIN_S:
             return
