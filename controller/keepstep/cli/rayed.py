@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,7 +36,7 @@ RayLabels = Annotated[
     typer.Option("--ray-label", help="Use only nodes with this label: KEY=VALUE, as Ray selects by them."),
 ]
 RayDir = Annotated[
-    str, typer.Option("--ray-dir", help="Where agents keep their state on the nodes. /tmp/keepstep-ray")
+    str, typer.Option("--ray-dir", help="Where agents keep their state on the nodes; else in /tmp.")
 ]
 RayUrl = Annotated[
     str, typer.Option("--ray-url", help="Where the nodes reach the controller, if not at its --host.")
@@ -101,8 +101,8 @@ class RayOptions:
         self.check()
         labels = {key: value for key, _, value in (label.partition("=") for label in self.labels)}
         terms = Terms(owner=_owner(home), resource=self.resource, labels=labels)
-        settings = RaySettings(address=self.found, terms=terms, url=self.url)
-        return replace(settings, folder=self.folder) if self.folder else settings
+        folder = self.folder or f"/tmp/keepstep-ray/{terms.owner}"  # noqa: S108 - agents close theirs to others
+        return RaySettings(address=self.found, terms=terms, url=self.url, folder=folder)
 
 
 NO_RAY = RayOptions()

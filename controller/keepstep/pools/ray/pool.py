@@ -39,7 +39,7 @@ class RaySettings:
     address: str  # "auto", host:port of the head from a node of the cluster, or ray://host:port from anywhere
     terms: Terms
     url: str  # at which the cluster's nodes reach the controller
-    folder: str = "/tmp/keepstep-ray"  # noqa: S108 - on each node; agents make theirs readable by them only
+    folder: str  # on each node, for this controller's agents alone
     orphan_exit_s: float = 600.0  # agents without controller and without ranks end by themselves
 
 
