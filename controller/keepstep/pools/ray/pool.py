@@ -183,6 +183,8 @@ class RayPool:
         known = {node.id: node for node in before.nodes} if before is not None else {}
         called = names(usable(self.settings.terms, before)) if before is not None else {}
         for node in seen.nodes:
+            if before is None and not node.alive:  # it died while nobody looked
+                self._dead[Node(node.name)] = node, self.clock.monotonic()
             if not node.alive and node.id in called and known[node.id].alive:
                 name = called[node.id]
                 self._dead[name] = node, self.clock.monotonic()
