@@ -1,9 +1,10 @@
-"""keepstep's controller as a Ray actor: `python controller_actor.py HOME [PORT]` on a node of the cluster.
+"""keepstep's controller as a Ray actor, begun on one of the cluster's nodes.
+
+    python controller_actor.py HOME PORT [OPTIONS of the controller]
+    python controller_actor.py HOME PORT stop                              ends it and its agents
 
 The actor is detached and Ray starts it again where it dies; HOME holds the store, so it must be a folder that
-every node on which the actor may come up has (the store wants a disk that SQLite can lock, or give the
-controller --store postgresql+psycopg://...). `python controller_actor.py HOME PORT stop` ends it and its
-agents.
+every node on which the actor may come up has, or --store names a PostgreSQL.
 """
 
 import subprocess
@@ -16,12 +17,13 @@ NAME, NAMESPACE = "keepstep-controller", "keepstep"
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=2)
 class Controller:
-    def __init__(self, home: str, port: int) -> None:
+    def __init__(self, home: str, port: int, options: list[str]) -> None:
         self._home = home
         self._process = subprocess.Popen(
             [
                 sys.executable, "-m", "keepstep.cli.main", "controller", "--home", home, "--nodes", "0",
-                "--host", ray.util.get_node_ip_address(), "--port", str(port), "--ray", "auto",
+                "--host", ray.util.get_node_ip_address(), "--port", str(port),
+                "--ray", ray.get_runtime_context().gcs_address, *options,
             ]
         )  # fmt: skip
 
@@ -34,10 +36,12 @@ class Controller:
 
 
 def main() -> None:
-    home, port = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7070
+    home, port, *options = sys.argv[1:]
     ray.init(namespace=NAMESPACE, log_to_driver=False)
-    actor = Controller.options(name=NAME, lifetime="detached", get_if_exists=True).remote(home, port)
-    if sys.argv[3:] == ["stop"]:
+    actor = Controller.options(name=NAME, lifetime="detached", get_if_exists=True).remote(
+        home, int(port), options
+    )
+    if options == ["stop"]:
         print("stopped" if ray.get(actor.stop.remote()) == 0 else "it did not stop")
         ray.kill(actor)
     else:
