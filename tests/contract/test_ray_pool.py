@@ -80,7 +80,7 @@ def kinds(cluster: Cluster, kind: str) -> list[Json]:
 def test_what_cannot_be_placed_says_why_and_is_demand(
     ray: RayCluster, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Also: two controllers on one cluster do not touch each other's."""
+    """Also: two controllers on one cluster, one of them from outside, do not touch each other's."""
     large = TINY.replace("nodes: 2, gpus_per_node: 2", "nodes: 5, gpus_per_node: 2").replace("dp: 2", "dp: 5")
     large = large.replace("global_tokens: 512", "global_tokens: 640")
     job = cluster.submit(large, "pool=ray")
@@ -90,7 +90,7 @@ def test_what_cannot_be_placed_says_why_and_is_demand(
     asked = {ray.resource: 2.0}
     ray.until(lambda: ray.demand() and ray.demand()[0]["bundles"] == [asked] * 5, "the gang as demand")
 
-    other = begin(ray, tmp_path)
+    other = begin(ray, tmp_path, address=ray.client_address)
     try:
         job_too = other.submit(large, "pool=ray")
         ray.until(lambda: len(ray.groups()) == 2, "the other controller's group")
@@ -149,10 +149,10 @@ def test_a_cluster_that_is_gone_or_of_another_version_is_named(ray: RayCluster, 
 
 
 def test_what_a_controller_left_goes_with_its_last_agent(ray: RayCluster, tmp_path: Path) -> None:
-    """One that never comes back; it was a client of the cluster, from outside."""
+    """One that never comes back."""
     prefix = "keepstep/lost/"
     driver = subprocess.Popen(
-        [sys.executable, "-m", "keepstep.pools.ray.driver", ray.client_address, prefix],
+        [sys.executable, "-m", "keepstep.pools.ray.driver", ray.address, prefix],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert driver.stdin is not None and driver.stdout is not None
