@@ -156,26 +156,30 @@ FAULTS: dict[str, Callable[[dict[int, int], Path], None]] = {"kill_2": kill, "st
 class KeepstepPair:
     """The script as a job on a node of this machine; one job a fault, so that budgets start anew."""
 
+    overrides: tuple[str, ...] = ()
+
     def __init__(self, folder: Path) -> None:
         self.cluster = Cluster(folder / "home", nodes=1, slots=2)
         self._folder, self._jobs = folder, 0
 
-    def fault(self, name: str, figures: Figures) -> None:
+    def fault(self, name: str, figures: Figures, told: str = "") -> None:
+        """`told`: what the figure is called, if not after the fault."""
         self._jobs += 1
         folder = self._folder / f"pair-{self._jobs}"
         folder.mkdir()
         steps = Steps(folder)
-        job = self.cluster.submit(PAIR.format(script=SCRIPT, steps=FOR_EVER, folder=folder))
+        spec = PAIR.format(script=SCRIPT, steps=FOR_EVER, folder=folder)
+        job = self.cluster.submit(spec, *self.overrides)
         pids = steps.steady()
         at, wall = time.monotonic(), time.time()
         FAULTS[name](pids, folder)
         seconds, replayed = steps.next_after(at, set(pids.values()))
         wait_for(lambda: self.cluster.job(job)["attempt"]["first_step_at"], "the job to run again")
-        figures.add(f"{name}_s", seconds, parts_of(self.cluster, job, wall))
+        figures.add(f"{told or name}_s", seconds, parts_of(self.cluster, job, wall))
         figures.replayed.append(replayed)
-        told = self.cluster.incidents(job)[-1]
+        incident = self.cluster.incidents(job)[-1]
         if name == "spin_2":
-            print(f"    {told['evidence'].get('what', '')}", flush=True)
+            print(f"    {incident['evidence'].get('what', '')}", flush=True)
         self.cluster.client.post(f"/jobs/{job}/cancel")
         self.cluster.wait_state(job, "cancelled")
 

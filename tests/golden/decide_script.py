@@ -7,7 +7,9 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     up SECONDS                      since this controller took its term (100 unless said)
     node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering=]
                [away reset leaving cordoned back]
-    job ID [script] [nodes= gpus= dp= pp= spares= min_dp= priority= fenced ...] [state= wanted= wait= queued=]
+               [label=KEY:VALUE for=JOB leaves=WHY leaves_in=SECONDS]  one job's; its pool takes it away
+    job ID [script] [nodes= gpus= labels= dp= pp= spares= min_dp= priority= fenced ...]
+                    [state= wanted= wait= queued=]
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
@@ -66,6 +68,7 @@ from keepstep.decide.decide import decide
 from keepstep.decide.restore import memory_point, protected_step, restore_point
 from keepstep.decide.silence import Silence
 from keepstep.decide.view import (
+    RESERVED_FOR,
     Asked,
     AttemptView,
     Ended,
@@ -112,7 +115,10 @@ def spec_of(name: str, said: Words) -> JobSpec:
         name=name,
         priority=number("priority", 0),
         resources=Resources(
-            nodes=number("nodes", 2), gpus_per_node=number("gpus", 2), spares=number("spares", 0)
+            nodes=number("nodes", 2),
+            gpus_per_node=number("gpus", 2),
+            spares=number("spares", 0),
+            labels=dict([said["labels"].split(":", 1)]) if "labels" in said else {},
         ),
         parallelism=layout,
         elastic=Elastic(min_dp=number("min_dp", layout.dp)),
@@ -490,6 +496,10 @@ _NODE: dict[str, Callable[[str], tuple[str, Any]]] = {
     "confirmed": lambda text: ("confirmed", text),
     "attached": lambda text: ("attached", JobId(text)),
     "warm": lambda text: ("warm_for", frozenset(map(JobId, text.split(",")))),
+    "label": lambda text: ("labels", dict([text.split(":", 1)])),
+    "for": lambda text: ("labels", {RESERVED_FOR: text}),
+    "leaves": lambda text: ("leaves", text),
+    "leaves_in": lambda text: ("leaves_in_s", float(text)),
     "lingering": lambda text: ("lingering", frozenset(map(JobId, filter(None, text.split(","))))),
     "away": lambda _: ("connected", False),
     "reset": lambda _: ("reset", True),

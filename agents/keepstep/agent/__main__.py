@@ -34,6 +34,11 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         help="at most for one rank's snapshots [half of what is free]",
     )
     add("--attached", action="store_true", help="belongs to a terminal: when it goes, its ranks go")
+    add(
+        "--leash",
+        action="store_true",
+        help="belongs to who holds its standard input's other end: when that closes, its ranks go at once",
+    )
     add("--drain", action="store_true", help="end the ranks before leaving")
     add(
         "--standby",
@@ -74,7 +79,8 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         "dir": given.dir, "controllers": tuple(given.controller), "endpoint_file": given.endpoint_file,
         "token_file": given.token_file, "pool": given.pool, "role": given.role, "slots": given.slots,
         "gpus": gpus, "labels": labels, "address": given.address, "interface": given.interface,
-        "attached": given.attached, "drain": given.drain, "exit_when_orphaned_s": given.exit_when_orphaned,
+        "attached": given.attached, "leash": given.leash, "drain": given.drain,
+        "exit_when_orphaned_s": given.exit_when_orphaned,
         "standby_bytes_max": memory, "standby_context": given.standby_context,
         "standby_linger_s": given.standby_linger,
         "standby_processes": None if given.standby == "auto" else given.standby == "processes",

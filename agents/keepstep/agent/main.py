@@ -19,6 +19,7 @@ import os
 import platform
 import signal
 import socket
+import sys
 from collections.abc import Coroutine
 from importlib import metadata
 from typing import Any
@@ -106,6 +107,8 @@ class Agent:
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._signalled, number)
         _log.info("agent %s of node %s, process %d", self._instance, self._settings.node, os.getpid())
+        if self._settings.leash:
+            loop.add_reader(sys.stdin.fileno(), self._pulled)
         self._launches.adopt()
         await self._launches.settled(within_s=_SETTLE_S)
         works = [asyncio.create_task(work) for work in self._works()]
@@ -158,6 +161,14 @@ class Agent:
         self._drain = self._drain or number == signal.SIGINT  # TERM: for an upgrade, the ranks go on
         self._leave.set()
         if self._signals > 1:
+            self._hurry.set()
+
+    def _pulled(self) -> None:
+        """What held the leash is gone, and this node's slots with it: there is no time for grace."""
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self._drain = True
+            self._go("what had started it is gone", 0)
             self._hurry.set()
 
     async def _say_goodbye(self) -> None:

@@ -36,6 +36,7 @@ class AgentSettings:
     )
     interface: str | None = None
     attached: bool = False  # belongs to a terminal: when it goes, its ranks go
+    leash: bool = False  # belongs to who holds the other end of its standard input: closed, its ranks go
     drain: bool = False  # end the ranks before leaving (otherwise they go on: an upgrade)
     exit_when_orphaned_s: float | None = (
         None  # a local agent with nothing to do does not outlive its controller

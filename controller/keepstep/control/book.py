@@ -61,6 +61,8 @@ class Entry:
     progress: Progress
     steps_done: int = -1
     queued_at: float = 0.0
+    grace: tuple[Attempt, float] | None = None  # of an attempt that moves off nodes which will go; seconds
+    lacks: str = ""  # why its pool has not brought up what it needs
     inventory: Inventory | None = None
     asked: dict[Node, tuple[str, float]] = field(default_factory=dict)
     earlier: dict[str, Usual] = field(default_factory=dict)  # durations of phases in attempts that are over

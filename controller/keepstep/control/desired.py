@@ -179,6 +179,8 @@ def _memory(row: AttemptRow) -> wire.Memory | None:
 
 def _stop(entry: Entry, row: AttemptRow) -> wire.Stop:
     grace = entry.spec.run.stop.grace_s if entry.job.wanted != "run" else 0.0
+    if entry.grace is not None and entry.grace[0] == row.number:
+        grace = entry.grace[1]
     torn = entry.job.wanted == "run" and not fenced(entry.spec)
     return wire.Stop(
         job=entry.job.id,

@@ -20,6 +20,7 @@ from keepstep.control.examination import examine
 from keepstep.control.fleet import Fleet, Member, Session
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
+from keepstep.control.supply import Supply
 from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.core.ids import JobId, Node
@@ -64,6 +65,7 @@ class Controller:
         self.fleet = Fleet(self.time)
         self.book = Book(store, self.time)
         self.told = asyncio.Event()  # something new is in the timeline
+        self.supply = Supply(self.fleet, self.book, self.pools, self.write)
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -159,7 +161,7 @@ class Controller:
             await self.on_store(self.store.beat)
         await self._store_events()
         self.fleet.hang_up()
-        await self._ask_pools()
+        await self.supply.ask()
         for _ in range(_ROUNDS_MAX):
             view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
             plan = decide(view, self.policy)
@@ -199,6 +201,8 @@ class Controller:
             if member.state is before:  # else it registered while this was written
                 member.state, member.ready_at = after, self.time.now
         for change in writes:
+            if isinstance(change, p.End) and change.moves:
+                self.book.entries[change.job].grace = change.attempt, change.grace_s
             if isinstance(change, p.Find):
                 self.book.entries[change.job].found[change.verdict.signature] = self.time.now
             log.info("%s: %s: %s", change.job, type(change).__name__, change.reason)
@@ -340,21 +344,6 @@ class Controller:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def _ask_pools(self) -> None:
-        """Positive evidence of death comes from pools only; silence is none."""
-        for member in list(self.fleet.members.values()):
-            gone = not member.talks(self.time) and member.state in {NodeState.READY, NodeState.SILENT}
-            pool = self.pools.get(member.pool)
-            if gone and pool is not None and not member.confirmed:
-                member.confirmed = await pool.confirm_dead(member.name)
-                member.confirmed_at = self.time.now
-        for pool in self.pools.values():
-            await pool.reconcile(self._connected)
-
-    def _connected(self, node: Node) -> bool:
-        member = self.fleet.members.get(node)
-        return member is not None and member.talks(self.time)
 
 
 def _exists(writer: Writer, job: str) -> bool:

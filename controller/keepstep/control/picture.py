@@ -65,6 +65,7 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         examining=entry.examining,
         measured=entry.measured(),
         found={what: fleet.time.age(at) for what, at in entry.found.items()},
+        lacks=entry.lacks,
         losses=tuple(loss for _, loss in entry.progress.losses),
     )
 
@@ -217,6 +218,8 @@ def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
         ready_s=fleet.time.age(member.ready_at) if connected else 0.0,
         lingering=_lingering(member, book),
         labels=member.labels,
+        leaves=member.leaves,
+        leaves_in_s=member.leaves_in_s,
     )
 
 

@@ -101,6 +101,7 @@ class End(Change):
     attempt: Attempt
     grace_s: float = 0.0
     verdict: Verdict | None = None  # None: wanted by a person, or to grow
+    moves: bool = False  # off nodes that will go: the grace is its ranks' although it will run on
     finish_s: float = 0.0  # a rank that has a regular file open for writing gets this long to finish it
 
 
@@ -232,6 +233,7 @@ class Policy:
     end_within_s: float = 60.0  # then the reason names what does not die
     return_within_s: float = 10.0  # agents' time to come back after a controller's start
     fence_margin_s: float = 5.0
+    leave_before_s: float = 60.0  # a node's going: then a gang leaves it, wherever it may go
     orphan_lease_s: float = 3600.0  # the job's own bound holds where it is shorter (death.orphan_lease_s)
     collect_within_s: float = 10.0
     backoff_first_s: float = 1.0  # at least; the rest is the job's to say

@@ -17,6 +17,7 @@ from keepstep.core.states import AttemptState, JobState, NodeState
 
 NOTHING = Attempt(0)  # the parent of an attempt that begins from nothing
 BEGINNING = Step(0)
+RESERVED_FOR = "keepstep.job"  # a label of nodes that were asked for one job, and serve no other
 
 
 class Wanted(StrEnum):
@@ -64,6 +65,8 @@ class NodeView:
     ready_s: float = 0.0  # since it became ready, without a break
     lingering: frozenset[JobId] = frozenset()  # something of an ended attempt of these still lives on it
     labels: Mapping[str, str] = field(default_factory=dict)
+    leaves: str = ""  # why its pool will take it away soon, or ""
+    leaves_in_s: float | None = None  # None: nobody said when
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +308,7 @@ class JobView:
     examining: bool = False  # a close look is under way
     measured: Measured = Measured()
     found: Mapping[str, float] = field(default_factory=dict)  # what was told of the attempt; seconds ago
+    lacks: str = ""  # what its pool says of nodes that are not there yet
     losses: tuple[float, ...] = ()  # of the last steps, oldest first
 
     @property

@@ -38,6 +38,8 @@ class ResourcesSection(Section):
     """GPUs of each node, one for each rank; slots on machines without GPUs."""
     spares: Annotated[Whole, Field(ge=0, le=2**20)] = _RESOURCES.spares
     """Nodes kept warm beside the gang, to take the place of lost ones; they keep copies of its snapshots."""
+    labels: dict[SomeText, SomeText] = Field(default_factory=dict)
+    """Labels that its nodes must have, such as the rack: value, !value, in(a,b) or !in(a,b)."""
 
 
 class ParallelismSection(Section):
