@@ -30,7 +30,7 @@ from agents import Agent, Controller, controlled, launch_of, lives, until
 from keepstep.agent.probes.xid.kmsg import seconds_since_boot
 from keepstep.agent.rank import processes
 from keepstep.core.health import FaultKind, ProbeState
-from keepstep.wire.messages import Check, GpuSample, HealthStatus
+from keepstep.wire.health import Check, GpuSample, HealthStatus
 from nvml_standin import RECOVERY_ACTION, SOURCE, Standin, compiler_here
 
 pytestmark = pytest.mark.skipif(

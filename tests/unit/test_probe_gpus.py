@@ -24,7 +24,7 @@ from keepstep.agent.probes.gpu.reading import (
     pci_address,
 )  # fmt: skip
 from keepstep.core.health import CHECKS, Level
-from keepstep.wire.messages import Check
+from keepstep.wire.health import Check
 
 FIRST = Identity(index=0, uuid="GPU-a", pci="0000:0f:00.0", name="H100")
 SECOND = Identity(index=1, uuid="GPU-b", pci="0000:10:00.0", name="H100")

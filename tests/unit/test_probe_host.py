@@ -27,7 +27,7 @@ from keepstep.agent.probes.storage.source import Trials
 from keepstep.agent.probes.storage.thresholds import Thresholds
 from keepstep.core.clock import ManualClock, SystemClock
 from keepstep.core.health import CHECKS, Level
-from keepstep.wire.messages import Check
+from keepstep.wire.health import Check
 
 GIB = 1 << 30
 WELL = Observed(

@@ -12,7 +12,7 @@ from keepstep.agent.probes.xid.ledger import COMPONENTS_MAX, Book, Ledger, told
 from keepstep.agent.probes.xid.watcher import Watcher
 from keepstep.core.clock import ManualClock, SystemClock
 from keepstep.core.health import FaultKind, ProbeState
-from keepstep.wire.messages import FaultCount
+from keepstep.wire.health import FaultCount
 
 PCI = "0000:0f:00.0"
 

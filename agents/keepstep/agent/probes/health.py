@@ -31,7 +31,8 @@ from keepstep.agent.probes.xid.watcher import Watcher
 from keepstep.agent.settings import AgentSettings
 from keepstep.core.clock import Clock
 from keepstep.core.health import ProbeState
-from keepstep.wire.messages import Check, HealthStatus, Launch, ProbeStatus
+from keepstep.wire.health import Check, HealthStatus, ProbeStatus
+from keepstep.wire.messages import Launch
 
 _log = logging.getLogger("keepstep.agent")
 _TURN_S = 1.0

@@ -13,7 +13,8 @@ from prometheus_client.registry import Collector
 from keepstep.agent.probes.gpu.reading import Activity, Fast, Heat, Links, Pcie, Reading, Rows
 from keepstep.agent.probes.health import Health
 from keepstep.core.health import FaultKind, ProbeState
-from keepstep.wire.messages import AttemptStatus, HealthStatus
+from keepstep.wire.health import HealthStatus
+from keepstep.wire.messages import AttemptStatus
 
 MIB = 1 << 20
 LABELS = ("gpu", "UUID", "pci_bus_id", "device", "modelName", "Hostname")

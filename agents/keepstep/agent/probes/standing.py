@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from keepstep.core.health import Level
-from keepstep.wire.messages import Check
+from keepstep.wire.health import Check
 
 CHECKS_MAX = 128  # of a node; a machine with more than that wrong is known to be wrong
 _TEXT_MAX = 300

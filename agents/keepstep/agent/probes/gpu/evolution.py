@@ -9,7 +9,7 @@ from keepstep.agent.probes.gpu.thresholds import Thresholds
 from keepstep.agent.probes.rates import Rate
 from keepstep.agent.probes.standing import check
 from keepstep.core.health import Level
-from keepstep.wire.messages import Check, GpuSample
+from keepstep.wire.health import Check, GpuSample
 
 _HOUR_S, _MINUTE_S = 3600.0, 60.0
 

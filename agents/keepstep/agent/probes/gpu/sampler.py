@@ -21,7 +21,7 @@ from keepstep.agent.probes.gpu.process import SamplingProcess
 from keepstep.agent.probes.gpu.reading import Blind, Events, Frame, Identity, Opened, Order, Pass, Refused
 from keepstep.core.clock import Clock
 from keepstep.core.health import ProbeState
-from keepstep.wire.messages import ProbeStatus
+from keepstep.wire.health import ProbeStatus
 
 _log = logging.getLogger("keepstep.agent")
 _TICK_S = 0.5

@@ -7,7 +7,7 @@ from keepstep.agent.probes.host.source import Observed
 from keepstep.agent.probes.host.thresholds import Thresholds
 from keepstep.agent.probes.standing import check
 from keepstep.core.health import Level
-from keepstep.wire.messages import Check
+from keepstep.wire.health import Check
 
 
 class Evolution:

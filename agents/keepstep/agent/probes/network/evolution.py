@@ -8,7 +8,7 @@ from keepstep.agent.probes.network.thresholds import Thresholds
 from keepstep.agent.probes.rates import Rate
 from keepstep.agent.probes.standing import check
 from keepstep.core.health import Level
-from keepstep.wire.messages import Check
+from keepstep.wire.health import Check
 
 
 @dataclass(slots=True)

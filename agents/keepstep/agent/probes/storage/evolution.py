@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from keepstep.agent.probes.standing import check
 from keepstep.agent.probes.storage.thresholds import Thresholds
 from keepstep.core.health import Level
-from keepstep.wire.messages import Check
+from keepstep.wire.health import Check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

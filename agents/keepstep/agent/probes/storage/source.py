@@ -17,7 +17,7 @@ from keepstep.agent.probes.storage import evolution
 from keepstep.agent.probes.storage.evolution import Answer
 from keepstep.agent.probes.storage.thresholds import Thresholds
 from keepstep.core.clock import Clock
-from keepstep.wire.messages import Check
+from keepstep.wire.health import Check
 
 _TRIAL = Path(__file__).with_name("trial.py")
 _AT_ONCE = 4

@@ -13,7 +13,7 @@ import msgspec
 from keepstep.agent.probes.gpu.reading import pci_address
 from keepstep.agent.probes.xid import catalogue
 from keepstep.core.health import FaultKind
-from keepstep.wire.messages import FaultCount
+from keepstep.wire.health import FaultCount
 
 PAIRED_S = 60.0  # a driver in trouble may hold back its events for long; its line is in the log at once
 FRESH_S = 1.0  # what happens more often than that is told with the next report

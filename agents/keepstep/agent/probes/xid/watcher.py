@@ -16,7 +16,7 @@ from keepstep.agent.probes.xid import kmsg
 from keepstep.agent.probes.xid.ledger import Book, Ledger, told
 from keepstep.core.clock import Clock
 from keepstep.core.health import ProbeState
-from keepstep.wire.messages import FaultCount, ProbeStatus
+from keepstep.wire.health import FaultCount, ProbeStatus
 
 LOOK_S = 0.2
 _RECORDS = 1000  # at once; then others have their turn
