@@ -14,6 +14,7 @@ from typing import Any
 from keepstep.cli import service
 from keepstep.cli.client import Client
 from keepstep.cli.demo import faults
+from keepstep.cli.jobs import ENDED
 from keepstep.core.beacon import Phase
 from keepstep.core.errors import KeepstepError, NotFound
 from keepstep.core.home import Home, Running, running_controller
@@ -27,6 +28,7 @@ WITHIN_S = 240.0  # far more than anything takes, on a machine that is busy with
 class Cluster:
     def __init__(self, home: Path, *, nodes: int, slots: int, **options: Any) -> None:
         self.home = Home(path=home)
+        self.asked = nodes, slots, options
         self.options = service.Options(nodes=nodes, slots=slots, **options)
         self._shm = _shm_files()
         self.running = self.start()
@@ -140,6 +142,31 @@ class Cluster:
 
     # ---------------------------------------------------------------- the end
 
+    def settle(self, *, within_s: float = 30.0) -> bool:
+        """End all jobs; whether all is then as it was at the start. Fails if they left something."""
+        if running_controller(self.home) is None:
+            return False
+        deadline = time.monotonic() + within_s
+        try:
+            while alive := [job for job in self._jobs() if job["state"] not in ENDED]:
+                for job in alive:
+                    if job["state"] != "cancelling":
+                        self.client.post(f"/jobs/{job['id']}/cancel", {"reason": "the test is over"})
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_POLL_S)
+            nodes = self.client.get("/nodes")["nodes"]
+        except KeepstepError:
+            return False
+        while left := self.left_of_attempts():
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(_POLL_S)
+        sound = [node for node in nodes if node["connected"] and not node["cordoned"]]
+        return len(sound) == len(nodes) == self.options.nodes
+
+    def _jobs(self) -> list[Json]:
+        return self.client.pages("/jobs", "jobs", limit=1000)
+
     def close(self) -> None:
         if running_controller(self.home) is None:
             self.start()  # a test may have killed it: the next one ends what it left
@@ -156,12 +183,11 @@ class Cluster:
 
     def left_behind(self) -> dict[int, str]:
         home = f"{self.home.path}/".encode()
+        return {pid: _shown(pid) for pid in _pids() if home in _cmdline(pid)} | self.left_of_attempts()
+
+    def left_of_attempts(self) -> dict[int, str]:
         markers = {m.encode() for node in self._node_names() for m in self._markers(node)}
-        return {
-            pid: _cmdline(pid).replace(b"\0", b" ").decode(errors="replace")[:200]
-            for pid in _pids()
-            if home in _cmdline(pid) or _marker(pid) in markers
-        }
+        return {pid: _shown(pid) for pid in _pids() if _marker(pid) in markers}
 
     def _node_names(self) -> list[str]:
         return [path.name for path in self.home.nodes.glob("*")]
@@ -188,6 +214,10 @@ def _cmdline(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def _shown(pid: int) -> str:
+    return _cmdline(pid).replace(b"\0", b" ").decode(errors="replace")[:200]
 
 
 def _marker(pid: int) -> bytes:
