@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -42,18 +41,6 @@ def test_a_rank_killed_in_every_phase(start: Start, undisturbed: Curve) -> None:
     assert difference(cluster.losses(job), undisturbed(CUBE)) == 0.0
     crashes = [incident["culprit"]["rank"] for incident in cluster.incidents(job)]
     assert crashes == [3, 0, 6, 5]
-
-
-def test_ten_kills_in_one_job(start: Start, undisturbed: Curve) -> None:
-    cluster = start(nodes=2, slots=2)
-    job = cluster.submit(TINY)
-    for attempt, rank in zip(range(1, 11), cycle((1, 2, 3, 0)), strict=False):
-        cluster.wait_step(job, 5 * attempt, attempt=attempt)
-        cluster.kill_rank(job, rank)
-        cluster.wait(job, after(attempt))
-    told = cluster.wait_state(job, "succeeded")
-    assert told["attempt"]["number"] == 11
-    assert difference(cluster.losses(job), undisturbed(TINY)) == 0.0
 
 
 def test_the_controller_is_killed_under_training(start: Start, undisturbed: Curve) -> None:
