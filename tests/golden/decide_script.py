@@ -10,13 +10,14 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
-           [trouble= after=STEP] [pace=STEP/OWN/DATA/WAITED/STARVED]
+           [trouble= after=STEP] [pace=STEP/OWN/DATA/WAITED/STARVED[/GARBAGE[/LEAST WAITED]]]
            [process= held= still= wait=GROUP:SEQUENCE|rank:N]       as its agent found it
     told "SIGNATURE"=AGE ...        what was found in this attempt, and how long ago
     still SECONDS                   no counter of any rank has moved for so long
     usual PHASE SECONDS [count= odd=]       what the job has learnt of a phase; `odd`: one took so long
     look AGE [examining]            a close look began; what it found follows
     found N [process= kernel= interpreter= stack="INNERMOST, ..." groups="NAME:BEGUN/DONE:OP ..."]
+            [links="LOCAL>PEER:RTT/LEAST[/UNANSWERED] ..."]
     ended N [on= spares= dp= how=]  the last attempt is over; the job recovers
     lineage 1 2<1@60 3<2@70!69 ...  attempt 2 began from attempt 1's step 60; 3 is good until step 69
     failure [age= blame= attempt= step= signature= node= rank= exit_code= error=]
@@ -65,6 +66,7 @@ from keepstep.decide.silence import Silence
 from keepstep.decide.view import (
     Asked,
     AttemptView,
+    Connected,
     Ended,
     Examined,
     Failure,
@@ -314,6 +316,7 @@ class Scene:
             interpreter=said.get("interpreter", "answers"),
             stack=tuple(filter(None, said.get("stack", "").split(", "))),
             groups=tuple(groups),
+            links=tuple(_link(word) for word in said.get("links", "").split()),
         )
         *before, look = self.now.examined
         others = tuple(one for one in look.findings if one.rank != number)
@@ -467,6 +470,13 @@ def _stored(text: str) -> Stored:
     return Stored(attempt=Attempt(int(attempt)), step=Step(int(step)))
 
 
+def _link(text: str) -> Connected:
+    ends, _, figures = text.partition(":")
+    local, _, peer = ends.partition(">")
+    rtt_s, least_s, *unanswered = map(float, figures.split("/"))
+    return Connected(local=local, peer=peer, rtt_s=rtt_s, rtt_least_s=least_s, unanswered_s=sum(unanswered))
+
+
 def _at(at: Stored | None) -> str:
     return "from nothing" if at is None else f"from {at.attempt}@{at.step}"
 
@@ -503,7 +513,7 @@ _ATTEMPT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "every": ("step_every_s", float),
     "stored": ("checkpoint_step", int),
 }
-_PACE = ("step_s", "own_s", "data_s", "waited_s", "starved_s")
+_PACE = ("step_s", "own_s", "data_s", "waited_s", "starved_s", "collected_s", "waited_least_s")
 _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "exit": ("exit_code", int),
     "signal": ("signal", int),
@@ -516,7 +526,7 @@ _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "held": ("process_s", float),
     "still": ("still_s", float),
     "counter": ("counter", int),
-    "pace": ("pace", lambda text: Pace(**dict(zip(_PACE, map(float, text.split("/")), strict=True)))),
+    "pace": ("pace", lambda text: Pace(**dict(zip(_PACE, map(float, text.split("/")), strict=False)))),
     "trouble": ("trouble", str),
     "after": ("trouble_step", int),
     "error": ("error", str),

@@ -173,10 +173,7 @@ class _Deciding:
         if isinstance(verdict, Pending):
             return Wait(job=job.id, reason=verdict.reason, due_s=verdict.due_s)
         if isinstance(verdict, Suspicion):
-            within_s, number = self.policy.examine_within_s, attempt.number
-            return Examine(
-                job=job.id, attempt=number, reason=verdict.reason, nodes=verdict.nodes, within_s=within_s
-            )
+            return self._closer(job, attempt, verdict)
         if verdict is not None:
             finish_s = 0.0 if fenced(job.spec) else FINISH_S
             reason = (
@@ -197,12 +194,24 @@ class _Deciding:
             case _:
                 return self._unanswered(job, attempt)
 
-    def _found(self, job: JobView, attempt: AttemptView) -> End | Find | None:
+    def _closer(self, job: JobView, attempt: AttemptView, wanted: Suspicion) -> Examine:
+        return Examine(
+            job=job.id,
+            attempt=attempt.number,
+            reason=wanted.reason,
+            nodes=wanted.nodes,
+            within_s=self.policy.examine_within_s,
+            stacks=wanted.stacks,
+        )
+
+    def _found(self, job: JobView, attempt: AttemptView) -> End | Find | Examine | None:
         """What is no failure: a gang that is held up, a loss that jumps. Told once.
 
         A node that has held the gang up for long is swapped if that pays.
         """
-        verdict = slow(job, attempt) or jump(job)
+        verdict = slow(job, attempt, self.policy) or jump(job)
+        if isinstance(verdict, Suspicion):
+            return self._closer(job, attempt, verdict)
         if verdict is None:
             return None
         since_s = job.found.get(verdict.signature)

@@ -25,7 +25,7 @@ from keepstep.core.beacon import Phase
 from keepstep.core.durations import HELD_S, Usual, phase_of
 from keepstep.core.ids import Node, Rank
 from keepstep.core.states import AttemptState
-from keepstep.decide import stacks
+from keepstep.decide import links, stacks
 from keepstep.decide.plan import Pending, Policy, Verdict
 from keepstep.decide.view import AttemptView, Examined, Finding, JobView, PartView, RankPhase, RankView
 from keepstep.decide.waits import Blame, blame
@@ -48,6 +48,7 @@ class Suspicion:
 
     reason: str
     nodes: tuple[Node, ...]
+    stacks: bool = True  # False: at processes and connections only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,9 @@ def _standstill(
         ranks=(*running, *left),
         still_s=still_s,
         looks=tuple(
-            look for look in job.examined if look.attempt == attempt.number and look.age_s <= still_s
+            look
+            for look in job.examined
+            if look.attempt == attempt.number and look.age_s <= still_s and look.stacks
         ),
     )
 
@@ -151,7 +154,8 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
     if still.still_s < policy.say_still_s:
         return None
     # The figure that runs down is `due_s`; the reason stays the same.
-    who = _who(still, found)
+    cut = _cut(still)
+    who = f"the network is cut between {links.told(cut)}" if cut and found.carrier else _who(still, found)
     reason = f"{STANDS}no rank moves; {who}. It is ended when nothing has moved for {unknown_s:g} s"
     return Pending(reason=reason, due_s=max(unknown_s - still.still_s, HELD_S))
 
@@ -209,6 +213,9 @@ def _may_act(still: _Standstill, found: Blame) -> bool:
 
 
 def _verdict(still: _Standstill, found: Blame, bound_s: float | None, noticed: str) -> Verdict:
+    cut = _cut(still)
+    if cut and (found.carrier or not found.named):
+        return _severed(still, cut, bound_s, noticed)
     culprit = found.ranks[0] if found.named else None
     by_rank = {one.rank: one for one in still.ranks}
     one = by_rank.get(culprit) if culprit is not None else None
@@ -233,6 +240,31 @@ def _verdict(still: _Standstill, found: Blame, bound_s: float | None, noticed: s
             *stacks.told(still.findings, culprit),
             *(still.looks[-1].errors if still.looks else ()),
         )[:40],
+    )
+
+
+def _cut(still: _Standstill) -> tuple[links.Link, ...]:
+    nodes = {one.rank: part.node for part in still.attempt.parts for one in part.ranks}
+    return links.cut_ones(links.links(still.findings, nodes))
+
+
+def _severed(still: _Standstill, cut: tuple[links.Link, ...], bound_s: float | None, noticed: str) -> Verdict:
+    """Ranks that all wait while the kernel gets no answer between their nodes: no rank is to blame."""
+    node = links.likeliest(cut, still.attempt.nodes, still.job.failures)
+    sure = links.in_common(cut) is not None
+    which = f"they have {node} in common" if sure else f"{node} is taken to be the end that fails"
+    first = " ".join(cut[0].nodes)
+    return Verdict(
+        kind="hung",
+        what=f"no rank is to blame: the network is cut between {links.told(cut)}; {which}",
+        blame="infrastructure",
+        node=node,
+        began_s=still.still_s,
+        signature=f"{links.CUT} {first}",
+        noticed=noticed,
+        bound_s=bound_s,
+        confidence=0.9 if sure else 0.5,
+        evidence=(*_processes(still, blame(still.ranks, still.attempt.layout, still.findings)),),
     )
 
 

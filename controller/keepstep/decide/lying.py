@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from keepstep.core.beacon import Trouble
 from keepstep.core.ids import Node, Step
+from keepstep.decide.links import CUT
 from keepstep.decide.plan import Verdict
 from keepstep.decide.view import AttemptView, Failure, JobView, PartView, RankView
 
@@ -128,7 +129,9 @@ def skipped(failures: Iterable[Failure]) -> tuple[Step, ...]:
 def suspects(failures: Iterable[Failure]) -> frozenset[Node]:
     """Nodes that lied or held the gang up: others come first, as long as there are any."""
     return frozenset(
-        one.node for one in failures if one.node is not None and one.signature.startswith(("lying", "slow"))
+        one.node
+        for one in failures
+        if one.node is not None and one.signature.startswith(("lying", "slow", CUT))
     )
 
 

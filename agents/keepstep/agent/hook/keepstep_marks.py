@@ -263,12 +263,9 @@ def _batch(marks: Marks, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def attach(torch: Any, code: Any, page: mmap.mmap, say: Callable[[str], None]) -> Marks:
     """Begin to write the beacon. `code`: the module keepstep.core.beacon, however it was loaded."""
     is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
-    marks = Marks(
-        code.BeaconWriter(page, rank=_number("RANK", 0), world_size=_number("WORLD_SIZE", 1)),
-        code.Phase,
-        is_compiling,
-        say,
-    )
+    writer = code.BeaconWriter(page, rank=_number("RANK", 0), world_size=_number("WORLD_SIZE", 1))
+    marks = Marks(writer, code.Phase, is_compiling, say)
+    code.count_collections(writer)
     os.register_at_fork(after_in_child=marks.end)
     optimizer: Any = sys.modules["torch.optim.optimizer"]
     optimizer.register_optimizer_step_pre_hook(marks.before_step)

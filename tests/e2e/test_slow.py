@@ -1,0 +1,67 @@
+"""Ranks that are held up in one way after another: each way is told as what it is, and nobody is ended."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster import Cluster, Json
+from e2e.test_hung import PAIR, faulty
+
+# Enough to compute that a processor which is lacking is felt, and steps for as long as it takes.
+BUSY = PAIR.replace("dim: 32", "dim: 128").replace("ffn_dim: 64", "ffn_dim: 512")
+BUSY = BUSY.replace("steps: 60", "steps: 9999").replace("every: 5 steps", "every: 10000 steps")
+
+
+@pytest.mark.slow
+def test_what_holds_a_rank_up_is_told_apart(start: Callable[..., Cluster]) -> None:
+    cluster = start(nodes=2, slots=1)
+    job = faulty(cluster, "asked:1:0", BUSY)
+    cluster.wait_step(job, 10)
+    asked = cluster.home.path / "asked"
+    for what in ("data", "gc"):
+        asked.write_text(what)
+        found = told(cluster, job, what)
+        assert (found["rank"], found["confidence"]) == (1, 0.9), found
+    asked.unlink()
+    with beside(int(cluster.ranks(job)[1]["pid"])):
+        found = told(cluster, job, "node")
+    assert (found["rank"], found["node"]) == (1, cluster.ranks(job)[1]["node"]), found
+    assert "waiting for a processor" in found["what"], found
+    assert 0.05 < found["slowdown"] < 1.0, found
+    assert cluster.job(job)["attempt"]["number"] == 1 and not cluster.incidents(job), cluster.story(job)
+
+
+def told(cluster: Cluster, job: str, cause: str) -> Json:
+    """The first finding of this cause."""
+    found: list[Json] = []
+
+    def seen() -> bool:
+        events = cluster.client.pages("/events", "events", limit=200, job=job)
+        verdicts = [one["data"]["verdict"] for one in events if one["kind"] == "found"]
+        found[:] = [one for one in verdicts if one["signature"].startswith(f"slow: {cause}")]
+        return bool(found)
+
+    cluster.until(seen, f"'slow: {cause}' to be told\n{cluster.story(job)}", within_s=60)
+    return found[0]
+
+
+@contextmanager
+def beside(pid: int) -> Iterator[None]:
+    """A rank and a hog share one processor."""
+    core = {max(os.sched_getaffinity(0))}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), core)
+    hogs = [subprocess.Popen((sys.executable, "-c", "while True: pass")) for _ in range(2)]
+    try:
+        for hog in hogs:
+            os.sched_setaffinity(hog.pid, core)
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
