@@ -7,6 +7,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     up SECONDS                      since this controller took its term (100 unless said)
     node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering= away reset cordoned back]
     job ID [script] [nodes= gpus= dp= pp= spares= min_dp= priority= fenced ...] [state= wanted= wait= queued=]
+           [started=]               how long its starts took
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
@@ -75,6 +76,7 @@ from keepstep.decide.view import (
     JobView,
     Kept,
     Link,
+    Measured,
     NodeView,
     Pace,
     PartPhase,
@@ -502,6 +504,7 @@ _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {
     "reason": ("reason", str),
     "attached": ("attached", Node),
     "attempts": ("attempts", lambda text: Attempt(int(text))),
+    "started": ("measured", lambda text: Measured(starts={"first": float(text)})),
 }
 _ATTEMPT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "spares": ("spares", _names),

@@ -10,6 +10,7 @@ marked; the rest is ended when a node is silent *and* the gang stands still beyo
 evidence of death. When no node answers at all, it is the controller that is cut off.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from keepstep.core import durations
 from keepstep.core.durations import Usual, phase_of
 from keepstep.core.ids import Node
 from keepstep.core.states import AttemptState, NodeState
-from keepstep.decide.death import orphan_lease_s
+from keepstep.decide.death import alone_bound_s, orphan_lease_s
 from keepstep.decide.hung import Suspicion, hung
 from keepstep.decide.lying import lying
 from keepstep.decide.place import count, listed
@@ -235,14 +236,14 @@ def _silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) ->
     cut_off = _cut_off(job, attempt, dict(zip((part.node for part in silent), ages, strict=True)), policy)
     if cut_off is not None:
         return cut_off
-    bound_s = standstill_s(attempt, policy)
+    bound_s, silent_s = standstill_s(job, attempt, policy), _silent_enough_s(job, attempt, policy)
     still_s = _still_s(attempt)
-    told = [part for part, age_s in zip(silent, ages, strict=True) if age_s >= policy.silent_gang_bound_s]
+    told = [part for part, age_s in zip(silent, ages, strict=True) if age_s >= silent_s]
     if not told or still_s < bound_s:
         return None
     names = listed([part.node for part in told])
     gang = "made no progress" if attempt.stepped else "did not come to its first step"
-    word = f"{names} is silent for more than {policy.silent_gang_bound_s:g} s"
+    word = f"{names} is silent for more than {silent_s:g} s"
     what = f"{word}, and the gang {gang} for {bound_s:g} s"
     return _silence_verdict(told, what, min(max(ages), still_s))
 
@@ -272,11 +273,25 @@ def _cut_off(
     return Verdict(kind="silent", what=what, blame=INFRASTRUCTURE, node=told[0], began_s=still_s)
 
 
-def standstill_s(attempt: AttemptView, policy: Policy) -> float:
-    """For how long a gang makes no progress before a silent node of it is taken to be the reason."""
-    if not attempt.stepped:
-        return max(policy.silent_gang_bound_s, policy.start_within_s)
-    return max(policy.silent_gang_bound_s, policy.step_bound_factor * attempt.step_every_s)
+def standstill_s(job: JobView, attempt: AttemptView, policy: Policy) -> float:
+    """For how long a gang makes no progress before a silent node of it is taken to be the reason.
+
+    Before its first step that is several times what the job's starts took; where none was seen, until the
+    silent node's agent has ended its ranks by itself, so that the gang can come to none.
+    """
+    if attempt.stepped:
+        return max(policy.silent_gang_bound_s, policy.step_bound_factor * attempt.step_every_s)
+    starts = job.measured.starts.values()
+    usual_s = policy.step_bound_factor * max(policy.start_cold_s, *starts) if starts else math.inf
+    return max(
+        policy.silent_gang_bound_s, min(policy.start_within_s, usual_s, alone_bound_s(job.spec, policy))
+    )
+
+
+def _silent_enough_s(job: JobView, attempt: AttemptView, policy: Policy) -> float:
+    """Where nobody ever saw a step the gang may train unseen, until the silent node has ended its ranks."""
+    seen = attempt.stepped or job.spec.run.kind == "llama" or bool(job.measured.starts)
+    return max(policy.silent_gang_bound_s, 0.0 if seen else alone_bound_s(job.spec, policy))
 
 
 def _silent_preparing(

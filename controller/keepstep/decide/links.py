@@ -101,7 +101,7 @@ def _how(one: Link) -> str:
     if one.unanswered_s >= _UNANSWERED_S:
         return f"nothing has come back for {one.unanswered_s:.0f} s"
     again = f", {one.resent:.0%} sent again" if one.resent > _RESENT else ""
-    return f"{one.rtt_s * 1e3:.1f} ms for a round trip, {one.least_s * 1e3:.1f} ms at its best{again}"
+    return f"{one.rtt_s * 1e3:.3g} ms for a round trip, {one.least_s * 1e3:.2g} ms at its best{again}"
 
 
 def _together(pair: tuple[Node, Node], several: Sequence[Link]) -> Link:

@@ -1,4 +1,4 @@
-"""Makes one rank of the built-in trainer fail in the first attempt: DISTURB says KIND:RANK:STEP.
+"""Makes one rank of the built-in trainer fail: DISTURB says KIND:RANK:STEP, with commas one for each attempt.
 
 On PYTHONPATH of a job under test. The trainer itself is unchanged: its class is wrapped when it is imported.
 With the kind `asked` a rank is held up as DISTURB_FOLDER/asked says at each step: `data`, `gc`, or nothing.
@@ -99,13 +99,14 @@ def spoil(trainer: Any) -> None:
 
 
 def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
-    kind, rank, at = os.environ["DISTURB"].split(":")
+    faults = [fault.split(":") for fault in os.environ["DISTURB"].split(",")]
 
     def faulty(self: Any, *arguments: Any, **named: Any) -> Any:
-        mine = os.environ.get("RANK") == rank
-        first = os.environ.get("KEEPSTEP_ATTEMPT", "").split("/")[1:2] == ["1"]
+        attempt = int(os.environ.get("KEEPSTEP_ATTEMPT", "/1/").split("/")[1])
+        kind, rank, at = faults[min(attempt, len(faults)) - 1]
+        due = attempt <= len(faults) or kind == "nan"
         reached = self.state.step >= int(at) if kind in ("slow", "asked") else self.state.step == int(at)
-        if mine and (first or kind == "nan") and reached:
+        if os.environ.get("RANK") == rank and due and reached:
             disturb(self, kind)
         return step(self, *arguments, **named)
 
