@@ -136,9 +136,11 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
     learnt_s, why = _learnt(still, found)
     unknown_s = max(job.spec.recovery.hang_after_unknown_s, learnt_s or 0.0)
     early_s = max(policy.suspect_s, 10 * attempt.step_every_s) if attempt.stepped else policy.say_still_s
-    if still.still_s < (learnt_s or min(early_s, policy.say_still_s, unknown_s)):
+    # Where the bound is far (a phase that speaks to the world) a look may show what needs no bound.
+    if still.still_s < min(learnt_s or unknown_s, early_s, policy.say_still_s, unknown_s):
         return None
-    if not still.looks or still.looks[-1].age_s > policy.examine_again_s:
+    late = still.still_s >= (learnt_s or 0.0)
+    if not still.looks or (late and still.looks[-1].age_s > policy.examine_again_s):
         reason = f"no rank of attempt {attempt.number} moves: looks at all of them closely"
         return None if job.examining else Suspicion(reason=reason, nodes=attempt.nodes)
     if found.mismatch:
@@ -146,12 +148,12 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
             return _verdict(still, found, learnt_s, "two close looks agree, and nothing moved between them")
         if still.looks[-1].age_s >= policy.examine_soon_s and not job.examining:
             return Suspicion(reason=f"{found.why}: looks a second time", nodes=attempt.nodes)
-    if learnt_s is not None and still.still_s >= learnt_s and _may_act(still, found):
+    if learnt_s is not None and late and _may_act(still, found):
         return _verdict(still, found, learnt_s, why)
     if still.still_s >= unknown_s:
         why = f"nothing moved for {unknown_s:g} s (recovery.hang_after_unknown)"
         return _verdict(still, found, unknown_s, why)
-    if still.still_s < policy.say_still_s:
+    if still.still_s < policy.say_still_s or not late:
         return None
     # The figure that runs down is `due_s`; the reason stays the same.
     cut = _cut(still)
