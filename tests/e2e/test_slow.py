@@ -1,8 +1,10 @@
-"""Ranks that are held up in one way after another: each way is told as what it is, and nobody is ended."""
+"""Ranks that are held up in one way after another, and a machine that sleeps: told or not, nobody is ended."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,10 @@ from e2e.test_hung import PAIR, faulty
 # Enough to compute that a processor which is lacking is felt, and steps for as long as it takes.
 BUSY = PAIR.replace("dim: 32", "dim: 128").replace("ffn_dim: 64", "ffn_dim: 512")
 BUSY = BUSY.replace("steps: 60", "steps: 9999").replace("every: 5 steps", "every: 10000 steps")
+
+
+# More than any bound that this job's standstill could have crossed; by hand also 60.
+ASLEEP_S = float(os.environ.get("KEEPSTEP_TEST_ASLEEP_S", "20"))
 
 
 @pytest.mark.slow
@@ -33,6 +39,9 @@ def test_what_holds_a_rank_up_is_told_apart(start: Callable[..., Cluster]) -> No
     assert (found["rank"], found["node"]) == (1, cluster.ranks(job)[1]["node"]), found
     assert "waiting for a processor" in found["what"], found
     assert 0.05 < found["slowdown"] < 1.0, found
+    step = cluster.job(job)["progress"]["step"]
+    sleep_all(cluster, ASLEEP_S)
+    cluster.wait_step(job, step + 30)
     assert cluster.job(job)["attempt"]["number"] == 1 and not cluster.incidents(job), cluster.story(job)
 
 
@@ -48,6 +57,19 @@ def told(cluster: Cluster, job: str, cause: str) -> Json:
 
     cluster.until(seen, f"'slow: {cause}' to be told\n{cluster.story(job)}", within_s=60)
     return found[0]
+
+
+def sleep_all(cluster: Cluster, seconds: float) -> None:
+    """Everything of keepstep stops as if the machine were suspended, and goes on in any order."""
+    pids = sorted({*cluster.left_behind(), cluster.running.pid})
+    assert len(pids) > 6, "controller, agents, standby servers, shims, carriers, ranks"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)  # it is this time that must not count
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
            [trouble= after=STEP] [pace=STEP/OWN/DATA/WAITED/STARVED[/GARBAGE[/LEAST WAITED]]]
            [process= held= still= wait=GROUP:SEQUENCE|rank:N]       as its agent found it
+    losses STEP LOSS*TIMES ...      of the steps from there on
     told "SIGNATURE"=AGE ...        what was found in this attempt, and how long ago
     still SECONDS                   no counter of any rank has moved for so long
     usual PHASE SECONDS [count= odd=]       what the job has learnt of a phase; `odd`: one took so long
@@ -122,6 +123,7 @@ def spec_of(name: str, said: Words) -> JobSpec:
             fenced="fenced" in said,
             self_fence_s=seconds("self_fence", 30.0),
             orphan_lease_s=seconds("orphan_lease", 1800.0),
+            on_loss_spike=said.get("on_spike", "tell"),
             hang_after_s=float(said["hang_bound"]) if "hang_bound" in said else None,
             hang_after_unknown_s=seconds("hang_after", 600.0),
             restarts=Restarts(max=number("restarts", 20)),
@@ -266,6 +268,13 @@ class Scene:
             ranks = tuple(replace(rank, **wait) if rank.rank == number else rank for rank in ranks)
         alive = sum(rank.phase is RankPhase.RUNNING for rank in ranks)
         self._set_part(replace(part, ranks=ranks, alive=alive))
+
+    def on_losses(self, flags: list[str], _: Words) -> None:
+        values: list[float] = []
+        for word in flags[1:]:
+            loss, _times, times = word.partition("*")
+            values += [float(loss)] * int(times or 1)
+        self.jobs[self.job] = replace(self.now, losses=tuple(enumerate(values, int(flags[0]))))
 
     def on_told(self, _: list[str], said: Words) -> None:
         self.jobs[self.job] = replace(self.now, found={key: float(age) for key, age in said.items()})

@@ -61,7 +61,7 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         examining=entry.examining,
         measured=entry.measured(),
         found={what: fleet.time.age(at) for what, at in entry.found.items()},
-        losses=tuple(loss for _, loss in entry.progress.losses),
+        losses=tuple(entry.progress.losses),
     )
 
 

@@ -15,7 +15,7 @@ from keepstep.decide.budget import worn_out
 from keepstep.decide.death import death, fenced, orphan_lease_s
 from keepstep.decide.hung import STANDS, Suspicion
 from keepstep.decide.judge import judge
-from keepstep.decide.lying import jump
+from keepstep.decide.lying import acted_on, jump
 from keepstep.decide.place import could_ever, layouts, listed, missing, place, stand_by, survey
 from keepstep.decide.plan import (
     Complete,
@@ -209,7 +209,11 @@ class _Deciding:
 
         A node that has held the gang up for long is swapped if that pays.
         """
-        verdict = slow(job, attempt, self.policy) or jump(job)
+        jumped = jump(job, attempt)
+        if jumped is not None and acted_on(jumped):
+            reason = f"{jumped.what}; to blame: the job"
+            return End(job=job.id, attempt=attempt.number, verdict=jumped, reason=reason)
+        verdict = slow(job, attempt, self.policy) or jumped
         if isinstance(verdict, Suspicion):
             return self._closer(job, attempt, verdict)
         if verdict is None:

@@ -236,13 +236,19 @@ def _verdict(still: _Standstill, found: Blame, bound_s: float | None, noticed: s
         else f"hung: {'mismatched collective' if found.mismatch else doing}",
         noticed=noticed,
         bound_s=bound_s,
-        confidence=1.0 if found.mismatch or len(found.ranks) == 1 else 0.5 if found.named else 0.0,
+        confidence=_sure(found),
         evidence=(
             *_processes(still, found),
             *stacks.told(still.findings, culprit),
             *(still.looks[-1].errors if still.looks else ()),
         )[:40],
     )
+
+
+def _sure(found: Blame) -> float:
+    if len(found.ranks) == 1 or (found.mismatch and not found.even):
+        return 1.0
+    return 0.5 if found.named else 0.0
 
 
 def _cut(still: _Standstill) -> tuple[links.Link, ...]:

@@ -308,7 +308,7 @@ class JobView:
     examining: bool = False  # a close look is under way
     measured: Measured = Measured()
     found: Mapping[str, float] = field(default_factory=dict)  # what was told of the attempt; seconds ago
-    losses: tuple[float, ...] = ()  # of the last steps, oldest first
+    losses: tuple[tuple[int, float], ...] = ()  # of the last steps, with their numbers, oldest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
