@@ -1,4 +1,4 @@
-"""Ranks that are held up in one way after another, and a machine that sleeps: told or not, nobody is ended."""
+"""Ranks that are held up in one way after another, and a machine that sleeps: nobody is ended for it."""
 
 import os
 import signal

@@ -12,14 +12,12 @@ of it when the last holder is gone. Standard library only: this module runs insi
     1600  ring of the last 39 completed steps, for the loss curve
 """
 
-import gc
 import mmap
 import os
 import struct
 import time
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 MAGIC = b"KSBEACON"
 VERSION = 2
@@ -34,7 +32,6 @@ _SEEN_HALVES = _SEEN.size // 2
 BINS = 32
 _POINT = struct.Struct("<QQdddddQ")
 _RING, _RING_SIZE = 1600, 39
-_COLLECTS = "keepstep_collects"
 
 
 class Phase(IntEnum):
@@ -241,33 +238,6 @@ class BeaconWriter:
             mark,
         )
         struct.pack_into("<Q", self._page, offset, mark)
-
-
-def count_collections(writer: BeaconWriter) -> None:
-    """From now on each run of Python's garbage collector is a completion of COLLECTING. Once a process.
-
-    It may run in any thread, and another writer of the same page may mark phases meanwhile: nobody else
-    writes this row of the table, and the collector does not run twice at a time.
-    """
-    if any(getattr(each, "__name__", "") == _COLLECTS for each in gc.callbacks):
-        return
-    passed, clock, row, began = writer.passed, time.monotonic_ns, int(Phase.COLLECTING), 0
-
-    def keepstep_collects(when: str, _: dict[str, Any]) -> None:
-        nonlocal began
-        if when == "start":
-            began = clock()
-        elif began:
-            passed(row, clock() - began)
-
-    gc.callbacks.append(keepstep_collects)
-    os.register_at_fork(after_in_child=lambda: _forget(keepstep_collects))
-
-
-def _forget(callback: Any) -> None:
-    """A child that the rank forks shares its page, and has no business there."""
-    if callback in gc.callbacks:
-        gc.callbacks.remove(callback)
 
 
 class BeaconReader:

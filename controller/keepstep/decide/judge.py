@@ -276,8 +276,7 @@ def _cut_off(
 def standstill_s(job: JobView, attempt: AttemptView, policy: Policy) -> float:
     """For how long a gang makes no progress before a silent node of it is taken to be the reason.
 
-    Before its first step that is several times what the job's starts took; where none was seen, until the
-    silent node's agent has ended its ranks by itself, so that the gang can come to none.
+    Before its first step: several times what starts took, or until the silent node has ended its ranks.
     """
     if attempt.stepped:
         return max(policy.silent_gang_bound_s, policy.step_bound_factor * attempt.step_every_s)

@@ -30,15 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keepstep.core.beacon import (
-    PAGE,
-    BeaconWriter,
-    Phase,
-    Point,
-    Trouble,
-    count_collections,
-    writer_of,
-)
+from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Point, Trouble, writer_of
 
 if TYPE_CHECKING:
     from keepstep.session.snapshot import Snapshots
@@ -69,8 +61,6 @@ class Session:
         self._trouble = int(now.trouble | now.trouble_step << 8)
         self._begun: dict[str, int] = {}  # collectives by group, where nobody else counts them
         self._waiting_ns = self._waited_ns = 0  # since when; and how long in this phase
-        if attached:
-            count_collections(self._writer)
         self._publish()
 
     def phase(self, phase: Phase, micro_batch: int = 0) -> None:
