@@ -7,6 +7,7 @@ import typer
 
 from keepstep.cli import service
 from keepstep.cli.options import Output, Yes, confirm
+from keepstep.cli.rayed import RayAddress, RayDir, RayLabels, RayOptions, RayResource, RayUrl
 from keepstep.cli.render import emit
 from keepstep.core.errors import InputError
 from keepstep.core.home import find_home
@@ -23,6 +24,11 @@ def up(
     ] = 0,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0: any that is free.")] = 0,
+    ray: RayAddress = "",
+    ray_resource: RayResource = "GPU",
+    ray_label: RayLabels = None,
+    ray_dir: RayDir = "",
+    ray_url: RayUrl = "",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds until it must answer.")] = 60.0,
     output: Output = "name",
 ) -> None:
@@ -35,7 +41,11 @@ def up(
         if not least <= value <= most:
             raise InputError(f"{value} is not within {least} and {most}", where=option)
     home = find_home()
-    options = service.Options(nodes=nodes, slots=slots, host=host, port=port)
+    asked = RayOptions(
+        address=ray, resource=ray_resource, labels=tuple(ray_label or ()), folder=ray_dir, url=ray_url
+    )
+    asked.check()
+    options = service.Options(nodes=nodes, slots=slots, host=host, port=port, ray=asked)
     started = service.start(home, options, within_s=timeout)
     running = started.running
     if started.fresh:

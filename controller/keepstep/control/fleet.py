@@ -46,6 +46,9 @@ class Member:
     slots: int = 0
     state: NodeState = NodeState.READY
     cordoned: bool = False
+    cordoned_by: str = ""
+    leaves: str = ""  # its pool will take it away: why, and when
+    leaves_in_s: float | None = None
     confirmed: str = ""
     confirmed_at: float = 0.0
     register: wire.Register | None = None
@@ -90,6 +93,7 @@ class Fleet:
                 slots=row.slots,
                 state=NodeState(row.state),
                 cordoned=row.cordoned,
+                cordoned_by=row.cordoned_by,
                 heard_at=self.time.now,
             )
 
@@ -205,7 +209,7 @@ class Fleet:
 
 def _carriers(snapshots: tuple[wire.SnapshotStatus, ...]) -> object:
     """What other nodes must be told; what is held is looked at when it is needed."""
-    return [(status.job, status.address) for status in snapshots]
+    return [(status.job, status.address, status.after) for status in snapshots]
 
 
 def _matters(status: wire.AttemptStatus) -> object:

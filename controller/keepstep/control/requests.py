@@ -114,6 +114,7 @@ async def mark_node(controller: Controller, name: str, verb: str, who: Principal
     await controller.write(write)
     if verb != "confirm-lost":
         member.cordoned = verb == "cordon"
+        member.cordoned_by = who.name if member.cordoned else ""
     controller.wake()
 
 

@@ -15,6 +15,7 @@ from keepstep.decide.budget import worn_out
 from keepstep.decide.death import death, fenced, orphan_lease_s
 from keepstep.decide.hung import STANDS, Suspicion
 from keepstep.decide.judge import judge
+from keepstep.decide.leave import leave
 from keepstep.decide.lying import acted_on, jump
 from keepstep.decide.place import could_ever, layouts, listed, missing, place, stand_by, survey
 from keepstep.decide.plan import (
@@ -38,6 +39,7 @@ from keepstep.decide.plan import (
     Wait,
 )
 from keepstep.decide.recover import begin, grow, recover
+from keepstep.decide.save import saved_first
 from keepstep.decide.slow import slow, worth_a_swap
 from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, RankPhase, View, Wanted
 
@@ -81,8 +83,9 @@ class _Deciding:
         # Jobs that are under way come before jobs that wait: what they lose must not be given away first.
         served.sort(key=lambda job: job.state is JobState.QUEUED)
         changes: list[JobChange] = []
+        leaving = [node.name for node in self.view.nodes if node.leaving]
         for job in served:
-            change = self._job(job)
+            change = saved_first(job, self._job(job), self.policy, leaving)
             if change is not None:
                 changes.append(change)
             if isinstance(change, Place):
@@ -180,6 +183,9 @@ class _Deciding:
                 f"{verdict.what}; to blame: {'the job' if verdict.blame == 'job' else 'the infrastructure'}"
             )
             return End(job=job.id, attempt=attempt.number, verdict=verdict, finish_s=finish_s, reason=reason)
+        moved = leave(job, attempt, self.view, self.held, self.policy)
+        if moved is not None:
+            return moved
         match attempt.state:
             case AttemptState.PREPARING:
                 return self._preparing(job, attempt)

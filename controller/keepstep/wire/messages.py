@@ -14,16 +14,15 @@ from typing import Any, cast
 
 import msgspec
 
+from keepstep.wire.health import HealthStatus
+from keepstep.wire.part import Part
+
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
 
 
 class Message(msgspec.Struct, tag_field="t", kw_only=True, omit_defaults=True, frozen=True):
     """The root of everything that is sent on its own."""
-
-
-class Part(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
-    """A piece of a message."""
 
 
 # ---------------------------------------------------------------- agent -> controller
@@ -69,6 +68,7 @@ class RankStatus(Part, kw_only=True, frozen=True):
     trouble_step: int = -1
     error: str = ""  # the error file's message, else the last line of the log; only after a failure
     last_lines: tuple[str, ...] = ()
+    gpu: str = ""  # UUID of the GPU that it computes on; "": none, or not known
 
 
 class PhaseSeen(Part, kw_only=True, frozen=True):
@@ -124,6 +124,7 @@ class SnapshotStatus(Part, kw_only=True, frozen=True):
     address: tuple[str, int]
     memory_bytes: int = 0
     held: tuple[Held, ...] = ()
+    after: int = 0  # it was looked at when this attempt was known to be dead; see `Keep.over`
 
 
 class NodeStatus(Part, kw_only=True, frozen=True):
@@ -161,6 +162,7 @@ class State(Message, tag="state", kw_only=True, frozen=True):
     attempts: tuple[AttemptStatus, ...] = ()
     standbys: tuple[StandbyStatus, ...] = ()
     snapshots: tuple[SnapshotStatus, ...] = ()
+    health: HealthStatus | None = None  # None: this agent has no probes
     leaving: bool = False
 
 
@@ -264,6 +266,26 @@ class Warm(Part, kw_only=True, frozen=True):
     run: dict[str, Any]
 
 
+class Keep(Part, kw_only=True, frozen=True):
+    """Keep a carrier for a job that has no rank here: this node keeps copies, or what others still restore.
+
+    Fields as those of `Launch`.
+    """
+
+    job: str
+    attempt: int
+    world_size: int
+    layout: dict[str, int]
+    ranks: tuple[int, ...] = ()
+    restore: tuple[int, int] | None = None
+    memory: Memory | None = None
+    lineage: tuple[tuple[int, int, int], ...] = ()
+    secret: str
+    carriers: dict[str, tuple[str, int]] = {}
+    buddy: str = ""
+    over: bool = False  # the attempt is dead: say what is held now
+
+
 class Desired(Message, tag="desired", kw_only=True, frozen=True):
     """What this node should run. What it runs beyond that goes on until a stop names it."""
 
@@ -272,6 +294,7 @@ class Desired(Message, tag="desired", kw_only=True, frozen=True):
     launches: tuple[Launch, ...] = ()
     stops: tuple[Stop, ...] = ()
     warm: tuple[Warm, ...] = ()
+    keep: tuple[Keep, ...] = ()
     forget: tuple[tuple[str, int], ...] = ()  # dead attempts whose end is recorded: reports may stop
 
 
@@ -279,7 +302,7 @@ class Query(Message, tag="query", kw_only=True, frozen=True):
     """Asks for something that is too large or too rare for the state."""
 
     id: int
-    kind: str  # logs | inventory | evidence
+    kind: str  # logs | inventory | evidence | save
     term: int
     params: dict[str, Any] = {}
 

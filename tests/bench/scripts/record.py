@@ -1,4 +1,4 @@
-"""Records what an agent would have seen of an unchanged script: two ranks with the hook, looked at as it looks.
+"""Records what an agent would have seen of an unchanged script: two ranks with the hook.
 
     record.py SCRIPT FILE [WORD...]     SCRIPT runs with these words; FILE is what false_alarms.py plays back
 
@@ -18,7 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hooked import LOAD_S, gang
-
 from keepstep.agent.pulse import phases
 from keepstep.agent.shimlink import Shim
 
@@ -26,24 +25,22 @@ LOOK_S = 0.25
 STILL_S = 1.0
 
 
-async def record(script: Path, words: list[str]) -> list[Any]:
-    text = f"import sys\nsys.argv += {words!r}\n" + script.read_text()
+async def record(script: str, words: list[str]) -> list[Any]:
+    text = f"import sys\nsys.argv += {words!r}\n" + script
     with tempfile.TemporaryDirectory() as folder:
         async with gang(Path(folder), text, ranks=2) as (shim, _):
-            looking = asyncio.create_task(look(shim))
+            looks: list[Any] = []
+            looking = asyncio.create_task(look(shim, looks))
             ending = await shim.ended(timeout_s=10 * LOAD_S)
             looking.cancel()
-            looks = await asyncio.gather(looking, return_exceptions=True)
+            await asyncio.gather(looking, return_exceptions=True)
             assert all(rank.exit_code == 0 for rank in ending.ranks), ending
-            del looks
-            return _looks
+            return looks
 
 
-_looks: list[Any] = []
-
-
-async def look(shim: Shim) -> None:
-    began, moved = time.monotonic(), {}
+async def look(shim: Shim, looks: list[Any]) -> None:
+    began = time.monotonic()
+    moved: dict[int, tuple[int, float]] = {}
     while True:
         now = time.monotonic()
         ranks, still_s = [], 0.0
@@ -61,13 +58,13 @@ async def look(shim: Shim) -> None:
                 one.phase: [one.count, one.ranks, one.longest_s, {k: n for k, n in enumerate(one.bins) if n}]
                 for one in phases(shim.beacons.values())
             }
-        _looks.append([round(now - began, 3), ranks, table])
+        looks.append([round(now - began, 3), ranks, table])
         await asyncio.sleep(LOOK_S)
 
 
 def main() -> None:
     script, file, *words = sys.argv[1:]
-    looks = asyncio.run(record(Path(script), words))
+    looks = asyncio.run(record(Path(script).read_text(), words))
     Path(file).write_text(json.dumps({"script": Path(script).stem, "looks": looks}, separators=(",", ":")))
 
 
