@@ -29,6 +29,10 @@ from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, Part
 Nodes = Mapping[Node, NodeView]
 
 JOB, INFRASTRUCTURE = "job", "infrastructure"
+# Of the usual longest. The full factor is for what makes a rank late: long batches, phases that drift, a machine
+# that is shared. None of that keeps its agent from speaking at the same time; so where the agent is silent as
+# well, twice is enough, and `silent_after_s` the floor for what stops both, a machine that pauses for a moment.
+_SILENT_FACTOR = 2.0
 _SIGNALS = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
 _FROM_OUTSIDE = frozenset({1, 2, 9, 15})  # nothing that a program does to itself by mistake
 _PEER = re.compile(
@@ -251,7 +255,7 @@ def _silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) ->
 def _cut_off(
     job: JobView, attempt: AttemptView, silent: Mapping[Node, float], policy: Policy
 ) -> Verdict | None:
-    """Sooner than by the bound for all gangs: every rank that can be asked waits, longer than it ever did.
+    """Sooner than by the bound for all gangs: every rank that can be asked waits, longer than it usually does.
 
     Not where one of them does something else, or is in a phase that nobody knows yet (a first evaluation);
     and only a node whose silence began with the waiting is its reason.
@@ -260,7 +264,8 @@ def _cut_off(
     ranks = [one for part in parts for one in part.ranks if one.phase is RankPhase.RUNNING]
     bound_s, still_s = policy.silent_after_s, min((one.still_s or 0.0 for one in ranks), default=0.0)
     for one in ranks:
-        learnt_s = durations.bound_s(phase_of(one.doing), job.usual.get(one.doing, Usual()))
+        usual = job.usual.get(one.doing, Usual())
+        learnt_s = durations.bound_s(phase_of(one.doing), usual, factor=_SILENT_FACTOR)
         if learnt_s is None or one.waiting_s is None:
             return None
         bound_s = max(bound_s, learnt_s)
@@ -269,7 +274,7 @@ def _cut_off(
     if still_s < bound_s or not told:
         return None
     doing = listed(sorted({one.doing for one in ranks}))
-    what = f"{listed(told)} is silent, and all others wait for {bound_s:.2g} s, longer than {doing} ever took"
+    what = f"{listed(told)} is silent, and all others wait for {bound_s:.2g} s, longer than {doing} usually takes"
     return Verdict(kind="silent", what=what, blame=INFRASTRUCTURE, node=told[0], began_s=still_s)
 
 
