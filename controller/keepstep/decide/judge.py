@@ -29,9 +29,9 @@ from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, Part
 Nodes = Mapping[Node, NodeView]
 
 JOB, INFRASTRUCTURE = "job", "infrastructure"
-# Of the usual longest. The full factor is for what makes a rank late: long batches, phases that drift, a machine
-# that is shared. None of that keeps its agent from speaking at the same time; so where the agent is silent as
-# well, twice is enough, and `silent_after_s` the floor for what stops both, a machine that pauses for a moment.
+# Of the usual longest. The full factor is for what makes a rank late: long batches, phases that drift, machines
+# that are shared. None of that keeps its agent from speaking at the same time; so where the agent is silent,
+# too, twice is enough, and `silent_after_s` the floor for what stops both, a machine that pauses for a moment.
 _SILENT_FACTOR = 2.0
 _SIGNALS = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
 _FROM_OUTSIDE = frozenset({1, 2, 9, 15})  # nothing that a program does to itself by mistake
@@ -255,7 +255,7 @@ def _silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) ->
 def _cut_off(
     job: JobView, attempt: AttemptView, silent: Mapping[Node, float], policy: Policy
 ) -> Verdict | None:
-    """Sooner than by the bound for all gangs: every rank that can be asked waits, longer than it usually does.
+    """Sooner than by the bound for all gangs: every rank that can be asked waits for longer than usual.
 
     Not where one of them does something else, or is in a phase that nobody knows yet (a first evaluation);
     and only a node whose silence began with the waiting is its reason.
@@ -274,7 +274,8 @@ def _cut_off(
     if still_s < bound_s or not told:
         return None
     doing = listed(sorted({one.doing for one in ranks}))
-    what = f"{listed(told)} is silent, and all others wait for {bound_s:.2g} s, longer than {doing} usually takes"
+    word = f"{listed(told)} is silent"
+    what = f"{word}, and all others wait for {bound_s:.2g} s, longer than {doing} usually takes"
     return Verdict(kind="silent", what=what, blame=INFRASTRUCTURE, node=told[0], began_s=still_s)
 
 
