@@ -29,9 +29,9 @@ from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, Part
 Nodes = Mapping[Node, NodeView]
 
 JOB, INFRASTRUCTURE = "job", "infrastructure"
-# Of the usual longest. The full factor is for what makes a rank late: long batches, phases that drift, machines
-# that are shared. None of that keeps its agent from speaking at the same time; so where the agent is silent,
-# too, twice is enough, and `silent_after_s` the floor for what stops both, a machine that pauses for a moment.
+# Of the usual longest. The full factor is for what makes a rank late: long batches, phases that drift, a
+# machine that is shared. None of that keeps its agent from speaking at the same time; so where the agent is
+# silent, too, twice is enough, and `silent_after_s` the floor for what stops both: a machine that pauses.
 _SILENT_FACTOR = 2.0
 _SIGNALS = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
 _FROM_OUTSIDE = frozenset({1, 2, 9, 15})  # nothing that a program does to itself by mistake
