@@ -78,6 +78,15 @@ class Hosts:
             port = self._port(name, network)
             _ip("-n", self._namespace("sw"), "link", "set", port, "master", network[:8])
 
+    def slow(self, name: str, network: str, rate: str) -> None:
+        """From now on what the host sends on this network leaves at this rate, and waits for its turn."""
+        link = network[:4]
+        shape = ("tbf", "rate", rate, "burst", "16kb", "latency", "400ms")
+        _run("tc", "-n", self._namespace(name), "qdisc", "replace", "dev", link, "root", *shape)
+
+    def quick(self, name: str, network: str) -> None:
+        _run("tc", "-n", self._namespace(name), "qdisc", "del", "dev", network[:4], "root")
+
     def _namespace(self, name: str) -> str:
         return f"{self.prefix}-{name}"
 
@@ -94,4 +103,8 @@ class Hosts:
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)

@@ -1,10 +1,12 @@
 """Healthy histories that nobody may be killed for, and hangs that must be found, judged as in production.
 
 Each history is a gang of two ranks over 10,000 steps or more: noisy, drifting and bimodal, with evaluations,
-checkpoints, recompilations, data stalls, links that flap and machines that pause. Histories are drawn by a
-generator that knows nothing of the judge; its seed is the commit's hash. Time is virtual: the judge is only
-asked where something stands still for longer than a second and a half, at the looks that an agent would have
-made, with the beacons' histograms as they were at that moment.
+checkpoints, recompilations, data stalls, links that flap and machines that pause. Every now and then an agent
+is not heard for up to 14 s while its rank goes on, through evaluations and checkpoints, too (from 15 s on a
+gang that stands is given up, whatever is usual). Histories are drawn by a generator that knows nothing of the
+judge; its seed is the commit's hash. Time is virtual: the judge is only asked where something stands still
+for longer than a second and a half (beside a silent node: three), at the looks that an agent would have made,
+with the beacons' histograms as they were at that moment.
 
 The last line is one JSON object: `kills` of healthy gangs over `histories`, and how long hangs took to be
 found as a multiple of the bound that the verdict names.
@@ -26,12 +28,14 @@ from keepstep.core.job import Batch, Checkpoint, JobSpec, LlamaRun, ModelShape, 
 from keepstep.core.layout import Layout
 from keepstep.core.states import AttemptState, JobState
 from keepstep.decide.hung import Suspicion, hung
+from keepstep.decide.judge import judge
 from keepstep.decide.plan import Policy, Verdict
 from keepstep.decide.view import (
     AttemptView,
     Examined,
     Finding,
     JobView,
+    NodeView,
     PartPhase,
     PartView,
     RankPhase,
@@ -39,7 +43,9 @@ from keepstep.decide.view import (
 )
 
 STEPS = 10_000
+SILENCES = 5  # at most, of one history
 LOOK_S = 0.25
+PLANNED = ("none", "evaluation", "checkpoint")  # stalls that are the script's own doing, and no fault
 COMPILING = ("torch/_inductor/codecache.py:1 compile", "train.py:1 forward")
 COMPUTING = ("train.py:1 forward",)
 
@@ -59,9 +65,18 @@ class Stall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Silence:
+    """An agent that is not heard from this step on, for so long."""
+
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class History:
     phases: dict[str, np.ndarray]  # seconds by step: what each rank's beacon counts
     stalls: tuple[Stall, ...]  # what happens beside, seldom
+    silences: tuple[Silence, ...]  # of one agent, by chance at any time
 
 
 def history(chance: np.random.Generator, *, hang: bool) -> History:
@@ -79,7 +94,15 @@ def history(chance: np.random.Generator, *, hang: bool) -> History:
     if hang:
         phase = str(chance.choice(("forward", "backward", "optimizer", "data")))
         stalls.append(Stall(step=int(chance.integers(20, STEPS)), phase=phase, seconds=np.inf, hang=True))
-    return History(phases=phases, stalls=tuple(sorted(stalls, key=lambda stall: stall.step)))
+    silences = (
+        Silence(step=int(chance.integers(1, STEPS)), seconds=chance.uniform(1.0, 14.0))
+        for _ in range(chance.integers(1, SILENCES + 1))
+    )
+    return History(
+        phases=phases,
+        stalls=tuple(sorted(stalls, key=lambda stall: stall.step)),
+        silences=tuple(sorted(silences, key=lambda silence: silence.step)),
+    )
 
 
 def _shape(chance: np.random.Generator) -> np.ndarray:
@@ -168,8 +191,8 @@ class Beacons:
         self.longest[phase] = max(self.longest.get(phase, 0.0), float(seconds.max(initial=0.0)))
 
 
-def judged(stall: Stall, usual: Usual, still_s: float, step_s: float) -> Verdict | None:
-    """The verdict at one look, after as many close looks as the judge asks for."""
+def standing(stall: Stall, usual: Usual, still_s: float, step_s: float) -> tuple[JobView, AttemptView]:
+    """The gang at one look: rank 0 waits for rank 1."""
     culprit = RankView(
         rank=Rank(1), phase=RankPhase.RUNNING, step=stall.step, doing=stall.phase, process="running",
         still_s=still_s, counter=9, group="dp", group_sequence=9 if stall.kind == "link" else 8,
@@ -192,6 +215,12 @@ def judged(stall: Stall, usual: Usual, still_s: float, step_s: float) -> Verdict
         attempts=1,
         usual={stall.phase: usual},
     )
+    return job, attempt
+
+
+def judged(stall: Stall, usual: Usual, still_s: float, step_s: float) -> Verdict | None:
+    """The verdict at one look, after as many close looks as the judge asks for."""
+    job, attempt = standing(stall, usual, still_s, step_s)
     found = hung(job, attempt, POLICY)
     if isinstance(found, Suspicion):
         stack = COMPILING if stall.kind == "compile" else COMPUTING
@@ -202,11 +231,25 @@ def judged(stall: Stall, usual: Usual, still_s: float, step_s: float) -> Verdict
     return found if isinstance(found, Verdict) else None
 
 
+def given_up(stall: Stall, usual: Usual, still_s: float, silence_s: float, step_s: float) -> bool:
+    """Whether the other node is taken to be the reason, because it is silent as well."""
+    job, attempt = standing(stall, usual, still_s, step_s)
+    first, second = attempt.parts
+    unheard = replace(second, heard=False, ranks=(replace(second.ranks[0], still_s=None),))
+    there = {
+        first.node: NodeView(name=first.node, pool="p", slots=1),
+        second.node: NodeView(name=second.node, pool="p", slots=1, connected=False, silence_s=silence_s),
+    }
+    attempt = replace(attempt, parts=(first, unheard))
+    found = judge(replace(job, attempt=attempt), attempt, there, POLICY, returned=True)
+    return isinstance(found, Verdict) and found.kind == "silent"
+
+
 def lived(one: History) -> tuple[int, list[float]]:
     """Healthy moments that were taken for hangs; and for hangs the time to find them over the bound."""
-    kills, ratios = 0, []
-    beacons = Beacons(history=one)
     step_s = float(sum(seconds[:100].mean() for seconds in one.phases.values()))
+    kills, ratios = sum(unheard(one, silence, step_s) for silence in one.silences), []
+    beacons = Beacons(history=one)
     for stall in sorted((*one.stalls, *_long_phases(one)), key=lambda each: each.step):
         usual = beacons.usual(stall.phase, stall.step)
         if stall.hang:
@@ -218,6 +261,28 @@ def lived(one: History) -> tuple[int, list[float]]:
         if not stall.usual and stall.kind != "pause":
             beacons.add(stall.phase, np.array([stall.seconds]))
     return kills, ratios
+
+
+def unheard(one: History, silence: Silence, step_s: float) -> int:
+    """Waits that were taken for the silent node's fault; each is looked at just before it ends."""
+    kills, at_s = 0, 0.0
+    beacons = Beacons(history=one)
+    planned = {stall.step: stall for stall in one.stalls if stall.phase in PLANNED}
+    for stall in (stall for stall in planned.values() if stall.step < silence.step):
+        beacons.add(stall.phase, np.array([stall.seconds]))
+    for step in range(silence.step, STEPS):
+        if at_s > silence.seconds:
+            break
+        waits = [(name, float(of[step])) for name, of in one.phases.items()]
+        if step in planned:
+            waits.append((planned[step].phase, planned[step].seconds))
+        for phase, seconds in waits:
+            still_s = LOOK_S * int(min(seconds, silence.seconds - at_s) / LOOK_S)
+            if still_s >= POLICY.silent_after_s:
+                wait, usual = Stall(step=step, phase=phase, seconds=seconds), beacons.usual(phase, step)
+                kills += given_up(wait, usual, still_s, at_s + still_s, step_s)
+            at_s += seconds
+    return kills
 
 
 def _long_phases(one: History) -> Iterator[Stall]:

@@ -31,6 +31,7 @@ from bench.recovery import (
     Steps,
     parts_of,
     points,
+    timeline,
     wait_for,
 )
 from cluster import Cluster
@@ -124,9 +125,9 @@ def raylet_killed(ray: RayCluster, folder: Path, figures: Figures) -> None:
         new = [point for point in points(cluster, job) if point["attempt"] > attempt["number"]]
         done = max(p["step"] for p in points(cluster, job) if p["attempt"] <= attempt["number"])
         first = min(new, key=lambda point: point["step"])
-        figures.add("raylet_killed_s", first["at"] - wall, parts_of(cluster, job, wall))
+        figures.add("raylet_killed_s", first["at"] - wall, parts_of(timeline(cluster, job), wall))
         figures.replayed.append(max(0, done - first["step"] + 1))
-        events = cluster.client.pages("/events", "events", limit=1000, job=job)
+        events = timeline(cluster, job)
         print("   ", [event["text"] for event in events if event["kind"] == "placed"][-1], flush=True)
         cluster.client.post(f"/jobs/{job}/cancel")
         cluster.wait_state(job, "cancelled")

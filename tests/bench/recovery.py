@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,12 +124,12 @@ class Figures:
         return {name: statistics.median(values) for name, values in self.seconds.items()}
 
 
-def parts_of(cluster: Cluster, job: str, since_wall: float) -> dict[str, float]:
+def parts_of(events: Iterable[Any], since_wall: float) -> dict[str, float]:
     """When the timeline says that what was done, in seconds after the fault."""
     names = {"detected": "detected", "placed": "decided", "dead": "stopped", "went": "prepared",
              "rank_started": "started", "stepped": "first step"}  # fmt: skip
     parts: dict[str, float] = {}
-    for event in cluster.client.pages("/events", "events", limit=1000, job=job):
+    for event in events:
         if event["at"] >= since_wall and event["kind"] in names:
             parts.setdefault(names[event["kind"]], round(event["at"] - since_wall, 3))
     return parts
@@ -175,11 +175,11 @@ class KeepstepPair:
         FAULTS[name](pids, folder)
         seconds, replayed = steps.next_after(at, set(pids.values()))
         wait_for(lambda: self.cluster.job(job)["attempt"]["first_step_at"], "the job to run again")
-        figures.add(f"{told or name}_s", seconds, parts_of(self.cluster, job, wall))
+        figures.add(f"{told or name}_s", seconds, parts_of(timeline(self.cluster, job), wall))
         figures.replayed.append(replayed)
         incident = self.cluster.incidents(job)[-1]
         if name == "spin_2":
-            print(f"    {incident['evidence'].get('what', '')}", flush=True)
+            print(f"    {incident['evidence']['noticed']}", flush=True)
         self.cluster.client.post(f"/jobs/{job}/cancel")
         self.cluster.wait_state(job, "cancelled")
 
@@ -240,7 +240,7 @@ class Eight:
         new = [point for point in points(cluster, job) if point["attempt"] > attempt]
         done = max(p["step"] for p in points(cluster, job) if p["attempt"] == attempt)
         first = min(new, key=lambda point: point["step"])
-        figures.add(f"{name}_s", first["at"] - wall, parts_of(cluster, job, wall))
+        figures.add(f"{name}_s", first["at"] - wall, parts_of(timeline(cluster, job), wall))
         if name == "kill_8":
             figures.replayed.append(max(0, max(done, before) - first["step"] + 1))
 
@@ -249,6 +249,10 @@ class Eight:
 
     def kill_node(self) -> None:
         self.cluster.lose_node(self.cluster.job(self.job)["attempt"]["nodes"][0])
+
+
+def timeline(cluster: Cluster, job: str) -> Iterable[Any]:
+    return cluster.client.pages("/events", "events", limit=1000, job=job)
 
 
 def points(cluster: Cluster, job: str) -> list[dict[str, Any]]:
@@ -271,7 +275,10 @@ def silent_node(folder: Path, figures: Figures) -> None:
             return attempt["first_step_at"] if attempt["number"] > 1 else None
 
         there.until(back, "the next attempt's first step", 300)
-        figures.add("node_silent_s", (back() or 0.0) - wall)
+        parts = parts_of(there.keepstep("events", job, "-o", "json")["events"], wall)
+        figures.add("node_silent_s", (back() or 0.0) - wall, parts)
+        (incident,) = there.keepstep("describe", job, "-o", "json")["incidents"]
+        print(f"    {incident['evidence']['what']}", flush=True)
         there.keepstep("cancel", job, "--yes")
 
 

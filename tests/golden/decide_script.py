@@ -10,16 +10,19 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
                [label=KEY:VALUE for=JOB leaves=WHY leaves_in=SECONDS]  one job's; its pool takes it away
     job ID [script] [nodes= gpus= labels= dp= pp= spares= min_dp= priority= fenced ...]
                     [state= wanted= wait= queued=]
+                    [started=]                   how long its starts took
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
-           [trouble= after=STEP] [pace=STEP/OWN/DATA/WAITED/STARVED]
+           [trouble= after=STEP] [pace=STEP/OWN/DATA/WAITED/STARVED[/GARBAGE[/LEAST WAITED]]]
            [process= held= still= wait=GROUP:SEQUENCE|rank:N]       as its agent found it
+    losses STEP LOSS*TIMES ...      of the steps from there on
     told "SIGNATURE"=AGE ...        what was found in this attempt, and how long ago
     still SECONDS                   no counter of any rank has moved for so long
     usual PHASE SECONDS [count= odd=]       what the job has learnt of a phase; `odd`: one took so long
     look AGE [examining]            a close look began; what it found follows
     found N [process= kernel= interpreter= stack="INNERMOST, ..." groups="NAME:BEGUN/DONE:OP ..."]
+            [links="LOCAL>PEER:RTT/LEAST[/UNANSWERED] ..."]
     ended N [on= spares= dp= how=]  the last attempt is over; the job recovers
     lineage 1 2<1@60 3<2@70!69 ...  attempt 2 began from attempt 1's step 60; 3 is good until step 69
     failure [age= blame= attempt= step= signature= node= rank= exit_code= error=]
@@ -71,6 +74,7 @@ from keepstep.decide.view import (
     RESERVED_FOR,
     Asked,
     AttemptView,
+    Connected,
     Ended,
     Examined,
     Failure,
@@ -79,6 +83,7 @@ from keepstep.decide.view import (
     JobView,
     Kept,
     Link,
+    Measured,
     NodeView,
     Pace,
     PartPhase,
@@ -131,6 +136,7 @@ def spec_of(name: str, said: Words) -> JobSpec:
             fenced="fenced" in said,
             self_fence_s=seconds("self_fence", 30.0),
             orphan_lease_s=seconds("orphan_lease", 1800.0),
+            on_loss_spike=said.get("on_spike", "tell"),
             hang_after_s=float(said["hang_bound"]) if "hang_bound" in said else None,
             hang_after_unknown_s=seconds("hang_after", 600.0),
             restarts=Restarts(max=number("restarts", 20)),
@@ -276,6 +282,13 @@ class Scene:
         alive = sum(rank.phase is RankPhase.RUNNING for rank in ranks)
         self._set_part(replace(part, ranks=ranks, alive=alive))
 
+    def on_losses(self, flags: list[str], _: Words) -> None:
+        values: list[float] = []
+        for word in flags[1:]:
+            loss, _times, times = word.partition("*")
+            values += [float(loss)] * int(times or 1)
+        self.jobs[self.job] = replace(self.now, losses=tuple(enumerate(values, int(flags[0]))))
+
     def on_told(self, _: list[str], said: Words) -> None:
         self.jobs[self.job] = replace(self.now, found={key: float(age) for key, age in said.items()})
 
@@ -327,6 +340,7 @@ class Scene:
             interpreter=said.get("interpreter", "answers"),
             stack=tuple(filter(None, said.get("stack", "").split(", "))),
             groups=tuple(groups),
+            links=tuple(_link(word) for word in said.get("links", "").split()),
         )
         *before, look = self.now.examined
         others = tuple(one for one in look.findings if one.rank != number)
@@ -485,6 +499,13 @@ def _stored(text: str) -> Stored:
     return Stored(attempt=Attempt(int(attempt)), step=Step(int(step)))
 
 
+def _link(text: str) -> Connected:
+    ends, _, figures = text.partition(":")
+    local, _, peer = ends.partition(">")
+    rtt_s, least_s, *unanswered = map(float, figures.split("/"))
+    return Connected(local=local, peer=peer, rtt_s=rtt_s, rtt_least_s=least_s, unanswered_s=sum(unanswered))
+
+
 def _at(at: Stored | None) -> str:
     return "from nothing" if at is None else f"from {at.attempt}@{at.step}"
 
@@ -516,6 +537,7 @@ _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {
     "attached": ("attached", Node),
     "steps_done": ("steps_done", int),
     "attempts": ("attempts", lambda text: Attempt(int(text))),
+    "started": ("measured", lambda text: Measured(starts={"first": float(text)})),
 }
 _ATTEMPT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "spares": ("spares", _names),
@@ -527,7 +549,7 @@ _ATTEMPT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "every": ("step_every_s", float),
     "stored": ("checkpoint_step", int),
 }
-_PACE = ("step_s", "own_s", "data_s", "waited_s", "starved_s")
+_PACE = ("step_s", "own_s", "data_s", "waited_s", "starved_s", "collected_s", "waited_least_s")
 _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "exit": ("exit_code", int),
     "signal": ("signal", int),
@@ -540,7 +562,7 @@ _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "held": ("process_s", float),
     "still": ("still_s", float),
     "counter": ("counter", int),
-    "pace": ("pace", lambda text: Pace(**dict(zip(_PACE, map(float, text.split("/")), strict=True)))),
+    "pace": ("pace", lambda text: Pace(**dict(zip(_PACE, map(float, text.split("/")), strict=False)))),
     "trouble": ("trouble", str),
     "after": ("trouble_step", int),
     "error": ("error", str),

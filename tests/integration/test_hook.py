@@ -20,8 +20,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandbyServer]:
         yield server
 
 
-def run(folder: Path, server: StandbyServer | None, text: str, *, ranks: int = 1) -> list[Shown]:
-    found = asyncio.run(seen(folder, TOY + text, ranks=ranks, server=server))
+def run(
+    folder: Path, server: StandbyServer | None, text: str, *, ranks: int = 1, name: str = "1"
+) -> list[Shown]:
+    found = asyncio.run(seen(folder, TOY + text, ranks=ranks, server=server, name=name))
     assert all(rank.exit_code == 0 for rank in found[0].ending.ranks), found[0].said
     assert "keepstep:" not in "".join(one.said for one in found)
     return found
@@ -51,6 +53,29 @@ def test_plain_ddp(tmp_path: Path, server: StandbyServer) -> None:
         assert one.record.phase is Phase.UNKNOWN
         # The first batch of an epoch, and all of an evaluation, may take their time; ends are asked for, too.
         assert one.count == {"data": 12, "forward": 12, "backward": 12, "optimizer": 12}
+
+
+COLLECTS = """
+import gc, os
+gc.collect()
+gc.disable()
+for _ in range(5):
+    crowd = [[k] for k in range(100_000)]
+    gc.collect()
+pid = os.fork()
+if not pid:
+    gc.collect()  # a child's are none of the rank's
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+
+
+def test_garbage_collection_is_counted_beside_the_phases(tmp_path: Path, server: StandbyServer) -> None:
+    (one,) = run(tmp_path, server, COLLECTS)
+    whole = one.phases[Phase.COLLECTING]
+    assert whole.count >= 5 and 0 < whole.longest_ns <= whole.total_ns
+    (less,) = run(tmp_path, server, COLLECTS.replace("range(5)", "range(0)"), name="2")
+    assert whole.count - less.phases[Phase.COLLECTING].count == 5
 
 
 _STEPS = {

@@ -136,7 +136,7 @@ class World:
         gang.steps_here += 1
         for node in gang.nodes:
             part = self.hosts[node].parts[gang.job, gang.attempt]
-            part.still_s = 0
+            part.still_s = 0 if shows_steps(gang.spec) else part.still_s
             for number, rank in part.ranks.items():
                 part.ranks[number] = replace(rank, step=len(gang.path))
         due = len(gang.path) % 5 == 0 and gang.spec.run.kind == "llama" and gang.writing is None
@@ -173,8 +173,7 @@ class World:
         fenced = gang.spec.run.kind == "llama" or recovery.fenced
         if part.phase is not PartPhase.RUNNING:
             return
-        stepped = gang.steps_here > 0 and shows_steps(gang.spec)
-        if not fenced and stepped and min(part.alone_s, part.still_s) >= recovery.self_fence_s:
+        if not fenced and min(part.alone_s, part.still_s) >= recovery.self_fence_s:
             host.end(key, 9, self.now)
         elif part.alone_s >= recovery.orphan_lease_s:
             named = self.fence.get(key[0], key[1]) == key[1]

@@ -143,16 +143,17 @@ def test_an_update_is_that_of_torch(clip: float) -> None:
         torch.testing.assert_close(state.weight(name), parameter.detach(), atol=1e-6, rtol=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_but_is_told() -> None:
+@pytest.mark.parametrize("left_out", [False, True])
+def test_an_update_that_would_do_harm_changes_nothing_but_is_told(left_out: bool) -> None:
+    """A gradient that is not finite, and a batch that is to be left out."""
     index = FlatIndex.of(SMALL, Layout(), Layout().coordinates(0))
     state = FlatState(index, 0, device=CPU, dtype=torch.float32)
     initialise(state, SMALL, seed=2)
     before = state.state.clone()
-    state.grads[5] = math.nan
-    update = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig()).update(
-        torch.ones(1), lr=1.0
-    )
-    assert math.isnan(update.grad_norm)
+    state.grads[5] = 0.5 if left_out else math.nan
+    optimizer = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig())
+    update = optimizer.update(torch.ones(1), lr=1.0, left_out=left_out)
+    assert update.grad_norm == 0.5 if left_out else math.isnan(update.grad_norm)
     assert torch.equal(state.state, before)
 
 

@@ -12,9 +12,11 @@ import pytest
 from keepstep.agent.pulse import Pulses, phases, spent
 from keepstep.agent.rank import processes
 from keepstep.agent.rank.protocol import RankState
-from keepstep.core.beacon import BINS, PAGE, BeaconReader, Phase, Trouble
+from keepstep.control.pace import Paces
+from keepstep.core.beacon import BINS, PAGE, BeaconReader, BeaconWriter, Phase, Trouble
 from keepstep.core.durations import COMPUTING_FLOOR_S, Usual, bound_s
 from keepstep.session import Session
+from keepstep.wire.messages import RankStatus
 
 
 class Rank:
@@ -109,3 +111,25 @@ def test_the_graver_trouble_stays(rank: Rank) -> None:
     rank.session.trouble(Trouble.NOT_FINITE_HERE, 9)
     record = rank.reader.read()
     assert record is not None and (record.trouble, record.trouble_step) == (Trouble.STATE_CHANGED, 8)
+
+
+def test_garbage_that_is_collected_within_a_phase_is_no_time_of_its_own(rank: Rank) -> None:
+    writer = BeaconWriter(rank.page, rank=0, world_size=1)
+    writer.passed(Phase.FORWARD, 3_000_000_000)
+    writer.passed(Phase.COLLECTING, 1_000_000_000)
+    found = spent(rank.child.pid, rank.reader)
+    assert (found.passed_s, found.own_s, found.collected_s) == (3.0, 3.0, 1.0)
+
+
+def test_a_pace_knows_the_least_that_was_waited() -> None:
+    paces, wait_s = Paces(), 0.0
+    for step in range(0, 100, 2):
+        wait_s += 2 * (0.1 if step < 40 else 0.4)
+        paces.hear(
+            RankStatus(
+                rank=0, local_rank=0, state="running", step=step, passed_s=float(step), wait_s=wait_s
+            )
+        )  # fmt: skip
+    pace = paces.of(0)
+    assert pace is not None
+    assert pace.waited_s == pytest.approx(0.4) and pace.waited_least_s == pytest.approx(0.1)

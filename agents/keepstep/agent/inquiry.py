@@ -1,10 +1,11 @@
 """Evidence on suspicion: what each rank of an attempt is doing, asked of the kernel, of the rank, of py-spy.
 
 evidence   job, attempt? (the newest here), stacks? (true), ras? (false: ask one node only)
-           -> {ranks: [{rank, process, wchan, interpreter, stack, groups, error}...],
+           -> {ranks: [{rank, process, wchan, interpreter, stack, groups, links, error}...],
                ras?: {missing, behind, failed} or {error}}
 interpreter  answers | stuck (the control server lives and the interpreter does not let it look: its lock is
              held) | unknown (no control server, or the process is stopped)
+links        as keepstep.agent.sockets tells them; stacks=false asks for these and the kernel's word alone
 
 All ranks at once, within about three seconds whatever state they are in. Nothing here changes a rank: py-spy
 reads memory without stopping it, and one that a debugger holds is only looked at.
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.agent import controlserver, kernel, ras, recorder, stacks
+from keepstep.agent import controlserver, kernel, ras, recorder, sockets, stacks
 from keepstep.agent.evidence import control_socket
 from keepstep.agent.kernel import Standing
 from keepstep.agent.launches import Launches
@@ -39,7 +40,8 @@ async def gather(params: Mapping[str, Any], launches: Launches) -> dict[str, Any
     if attempt is None:
         raise NotFound(f"attempt {number} of {job} does not run on this node")
     pids = {rank.rank: rank.pid for rank in attempt.status().ranks if rank.state == "running"}
-    inquiry = _Inquiry(attempt.directory, stacks=bool(params.get("stacks", True)))
+    there = await asyncio.to_thread(sockets.connections)
+    inquiry = _Inquiry(attempt.directory, there, stacks=bool(params.get("stacks", True)))
     found = await asyncio.gather(*(inquiry.rank(rank, pid) for rank, pid in sorted(pids.items())))
     if not params.get("ras"):
         return {"ranks": found}
@@ -51,8 +53,8 @@ async def gather(params: Mapping[str, Any], launches: Launches) -> dict[str, Any
 
 
 class _Inquiry:
-    def __init__(self, directory: Path, *, stacks: bool) -> None:
-        self._directory, self._stacks = directory, stacks
+    def __init__(self, directory: Path, there: list[sockets.Connection], *, stacks: bool) -> None:
+        self._directory, self._there, self._stacks = directory, there, stacks
         self._spy = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
         self._spies = asyncio.Semaphore(_SPIES)
 
@@ -61,7 +63,10 @@ class _Inquiry:
         report: dict[str, Any] = {
             "rank": rank, "process": standing.process, "wchan": standing.wchan, "interpreter": "unknown",
             "stack": [], "groups": [], "error": "",
+            "links": await asyncio.to_thread(sockets.links_of, pid, self._there),
         }  # fmt: skip
+        if not self._stacks:
+            return report
         try:
             async with asyncio.timeout(_WITHIN_S):
                 await self._ask(report, standing, control_socket(self._directory, rank), pid)
@@ -74,11 +79,8 @@ class _Inquiry:
         if standing.process in {"zombie", "gone"}:
             return
         if standing.process not in {"stopped", "traced"} and await self._serves(socket, report):
-            asked = [self._groups(socket, report)]
-            if self._stacks:
-                asked.append(self._traceback(socket, report))
-            await asyncio.gather(*asked)
-        if self._stacks and not report["stack"]:
+            await asyncio.gather(self._groups(socket, report), self._traceback(socket, report))
+        if not report["stack"]:
             await self._spied(pid, report)
 
     async def _serves(self, socket: Path, report: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ class Spent:
     passed_s: float
     own_s: float
     data_s: float
+    collected_s: float
     starved_s: float
 
 
@@ -92,12 +93,18 @@ class Pulses:
 
 
 def spent(pid: int, beacon: BeaconReader) -> Spent:
-    passed = own = data = 0
+    passed = own = data = collected = 0
     for phase, seen in beacon.phases().items():
+        if phase is Phase.COLLECTING:  # lies within the others
+            collected = seen.total_ns
+            continue
         passed += seen.total_ns
         own += seen.total_ns - seen.waited_ns if phase in COMPUTING else 0
         data += seen.total_ns - seen.waited_ns if phase is Phase.DATA else 0
-    return Spent(passed_s=passed / 1e9, own_s=own / 1e9, data_s=data / 1e9, starved_s=_starved_s(pid))
+    return Spent(
+        passed_s=passed / 1e9, own_s=own / 1e9, data_s=data / 1e9, collected_s=collected / 1e9,
+        starved_s=_starved_s(pid),
+    )  # fmt: skip
 
 
 def _starved_s(pid: int) -> float:

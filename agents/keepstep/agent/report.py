@@ -81,6 +81,7 @@ def rank_status(
         passed_s=None if spent is None else spent.passed_s,
         own_s=spent.own_s if spent else 0.0,
         data_s=spent.data_s if spent else 0.0,
+        collected_s=spent.collected_s if spent else 0.0,
         starved_s=spent.starved_s if spent else 0.0,
         trouble=record.trouble.name.lower() if record.trouble else "",
         trouble_step=record.trouble_step if record.trouble else -1,

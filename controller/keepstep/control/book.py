@@ -204,7 +204,10 @@ class Book:
         if entry.progress.attempt != number:
             entry.learn()
             entry.earlier = entry.usual
+            before = entry.progress.losses
             entry.progress = Progress(attempt=number, moved_at=self._time.now)
+            start = (attempts[-1].parent_step or 0) if attempts else 0
+            entry.progress.losses.extend(point for point in before if point[0] <= start)
             entry.inventory, entry.asked, entry.saving = None, {}, None
             entry.examined.clear()
             entry.found.clear()

@@ -10,7 +10,7 @@ from keepstep.control.fleet import Fleet
 from keepstep.core.errors import KeepstepError
 from keepstep.core.ids import Attempt, JobId, Node, Rank
 from keepstep.decide.plan import Examine
-from keepstep.decide.view import Examined, Finding, Recorded
+from keepstep.decide.view import Connected, Examined, Finding, Recorded
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,9 @@ async def examine(fleet: Fleet, entry: Entry, look: Examine, *, term: int, told:
     """What a decision asked for; the next one finds it in its view."""
     log.info("%s: %s", look.job, look.reason)
     try:
-        found = await closely(fleet, look.job, look.attempt, look.nodes, term=term, within_s=look.within_s)
+        found = await closely(
+            fleet, look.job, look.attempt, look.nodes, term=term, within_s=look.within_s, stacks=look.stacks
+        )
         if entry.job.attempt == look.attempt:
             entry.examined.append((fleet.time.now, found))
     finally:
@@ -28,11 +30,19 @@ async def examine(fleet: Fleet, entry: Entry, look: Examine, *, term: int, told:
 
 
 async def closely(
-    fleet: Fleet, job: JobId, attempt: Attempt, nodes: Iterable[Node], *, term: int, within_s: float
+    fleet: Fleet,
+    job: JobId,
+    attempt: Attempt,
+    nodes: Iterable[Node],
+    *,
+    term: int,
+    within_s: float,
+    stacks: bool = True,
 ) -> Examined:
-    """Stacks, process states and flight recorders, as far as each node can tell within `within_s`."""
+    """Process states, connections, and with `stacks` stacks and flight recorders, as far as each node can
+    tell within `within_s`."""
     asked = list(nodes)
-    params = {"job": job, "attempt": attempt, "stacks": True}
+    params = {"job": job, "attempt": attempt, "stacks": stacks}
     answers = await asyncio.gather(
         *(fleet.ask(node, "evidence", params, term=term, within_s=within_s) for node in asked),
         return_exceptions=True,
@@ -52,6 +62,7 @@ async def closely(
     return Examined(
         attempt=attempt,
         age_s=0.0,
+        stacks=stacks,
         findings=tuple(sorted(findings, key=lambda finding: finding.rank)),
         errors=tuple(errors),
     )
@@ -74,6 +85,17 @@ def _finding(told: Mapping[str, Any]) -> Finding:
                 op=str(group.get("op") or ""),
             )
             for group in told.get("groups") or ()
+        ),
+        links=tuple(
+            Connected(
+                local=str(link.get("local") or ""),
+                peer=str(link.get("peer") or ""),
+                rtt_s=float(link.get("rtt_s") or 0.0),
+                rtt_least_s=float(link.get("rtt_least_s") or 0.0),
+                unanswered_s=float(link.get("unanswered_s") or 0.0),
+                resent=float(link.get("resent") or 0.0),
+            )
+            for link in told.get("links") or ()
         ),
         error=told.get("error") or "",
     )

@@ -21,19 +21,27 @@ class _Sums:
     data_s: float
     waited_s: float
     starved_s: float
+    collected_s: float
 
 
 @dataclass(slots=True)
 class Paces:
     _seen: dict[int, deque[_Sums]] = field(default_factory=dict)
+    _least: dict[int, float] = field(default_factory=dict)  # waited a step
 
     def hear(self, rank: RankStatus) -> None:
         if rank.passed_s is None or rank.step < 0:
             return
-        now = _Sums(rank.step, rank.passed_s, rank.own_s, rank.data_s, rank.wait_s, rank.starved_s)
+        now = _Sums(
+            rank.step, rank.passed_s, rank.own_s, rank.data_s, rank.wait_s, rank.starved_s, rank.collected_s
+        )
         seen = self._seen.setdefault(rank.rank, deque(maxlen=KEPT))
-        if not seen or now.step > seen[-1].step:
-            seen.append(now)
+        if seen and now.step <= seen[-1].step:
+            return
+        seen.append(now)
+        pace = self.of(rank.rank)
+        if pace is not None:
+            self._least[rank.rank] = min(pace.waited_s, self._least.get(rank.rank, pace.waited_s))
 
     def of(self, rank: int) -> Pace | None:
         seen = self._seen.get(rank)
@@ -57,4 +65,6 @@ class Paces:
             data_s=(last.data_s - first.data_s) / steps,
             waited_s=(last.waited_s - first.waited_s) / steps,
             starved_s=(last.starved_s - first.starved_s) / steps,
+            collected_s=(last.collected_s - first.collected_s) / steps,
+            waited_least_s=self._least.get(rank),
         )

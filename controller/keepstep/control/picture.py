@@ -66,7 +66,7 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         measured=entry.measured(),
         found={what: fleet.time.age(at) for what, at in entry.found.items()},
         lacks=entry.lacks,
-        losses=tuple(loss for _, loss in entry.progress.losses),
+        losses=tuple(entry.progress.losses),
     )
 
 

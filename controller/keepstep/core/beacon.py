@@ -48,6 +48,7 @@ class Phase(IntEnum):
     CHECKPOINT = 8
     EVALUATION = 9
     FINISHED = 10
+    COLLECTING = 11  # Python's garbage, in the midst of any other phase: counted beside them, never entered
     UNKNOWN = 255
 
 

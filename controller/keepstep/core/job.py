@@ -259,6 +259,7 @@ class Recovery:
     restarts: Restarts = Restarts()
     backoff: Backoff = Backoff()
     no_progress_max: int = 10  # attempts in a row without a step, whoever is to blame
+    on_loss_spike: str = "tell"  # or "skip": back to before it, and the second time without its batches
     fenced: bool = False  # late writes of an old attempt do no harm (always so for the built-in trainer)
     self_fence_s: float = 30.0  # a node without controller and without a step ends its ranks after this
     orphan_lease_s: float = 1800.0  # for how long a gang none of whose nodes answers is left in peace

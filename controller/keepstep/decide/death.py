@@ -40,6 +40,12 @@ def orphan_lease_s(spec: JobSpec, policy: Policy) -> float:
     return min(spec.recovery.orphan_lease_s, policy.orphan_lease_s)
 
 
+def alone_bound_s(spec: JobSpec, policy: Policy) -> float:
+    """After so long without controller and step an agent has ended its ranks; the margin is in it."""
+    bound_s = orphan_lease_s(spec, policy) if fenced(spec) else spec.recovery.self_fence_s
+    return min(bound_s, orphan_lease_s(spec, policy)) + policy.fence_margin_s
+
+
 def reachable(node: NodeView | None) -> bool:
     """Whether its agent can be asked now."""
     return node is not None and node.connected and not node.confirmed

@@ -16,7 +16,7 @@ from keepstep.decide.death import death, fenced, orphan_lease_s
 from keepstep.decide.hung import STANDS, Suspicion
 from keepstep.decide.judge import judge
 from keepstep.decide.leave import leave
-from keepstep.decide.lying import jump
+from keepstep.decide.lying import acted_on, jump
 from keepstep.decide.place import could_ever, layouts, listed, missing, place, stand_by, survey
 from keepstep.decide.plan import (
     Complete,
@@ -176,10 +176,7 @@ class _Deciding:
         if isinstance(verdict, Pending):
             return Wait(job=job.id, reason=verdict.reason, due_s=verdict.due_s)
         if isinstance(verdict, Suspicion):
-            within_s, number = self.policy.examine_within_s, attempt.number
-            return Examine(
-                job=job.id, attempt=number, reason=verdict.reason, nodes=verdict.nodes, within_s=within_s
-            )
+            return self._closer(job, attempt, verdict)
         if verdict is not None:
             finish_s = 0.0 if fenced(job.spec) else FINISH_S
             reason = (
@@ -203,12 +200,28 @@ class _Deciding:
             case _:
                 return self._unanswered(job, attempt)
 
-    def _found(self, job: JobView, attempt: AttemptView) -> End | Find | None:
+    def _closer(self, job: JobView, attempt: AttemptView, wanted: Suspicion) -> Examine:
+        return Examine(
+            job=job.id,
+            attempt=attempt.number,
+            reason=wanted.reason,
+            nodes=wanted.nodes,
+            within_s=self.policy.examine_within_s,
+            stacks=wanted.stacks,
+        )
+
+    def _found(self, job: JobView, attempt: AttemptView) -> End | Find | Examine | None:
         """What is no failure: a gang that is held up, a loss that jumps. Told once.
 
         A node that has held the gang up for long is swapped if that pays.
         """
-        verdict = slow(job, attempt) or jump(job)
+        jumped = jump(job, attempt)
+        if jumped is not None and acted_on(jumped):
+            reason = f"{jumped.what}; to blame: the job"
+            return End(job=job.id, attempt=attempt.number, verdict=jumped, reason=reason)
+        verdict = slow(job, attempt, self.policy) or jumped
+        if isinstance(verdict, Suspicion):
+            return self._closer(job, attempt, verdict)
         if verdict is None:
             return None
         since_s = job.found.get(verdict.signature)

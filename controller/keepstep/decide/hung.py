@@ -25,7 +25,7 @@ from keepstep.core.beacon import Phase
 from keepstep.core.durations import HELD_S, Usual, phase_of
 from keepstep.core.ids import Node, Rank
 from keepstep.core.states import AttemptState
-from keepstep.decide import stacks
+from keepstep.decide import links, stacks
 from keepstep.decide.plan import Pending, Policy, Verdict
 from keepstep.decide.view import AttemptView, Examined, Finding, JobView, PartView, RankPhase, RankView
 from keepstep.decide.waits import Blame, blame
@@ -48,6 +48,7 @@ class Suspicion:
 
     reason: str
     nodes: tuple[Node, ...]
+    stacks: bool = True  # False: at processes and connections only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,9 @@ def _standstill(
         ranks=(*running, *left),
         still_s=still_s,
         looks=tuple(
-            look for look in job.examined if look.attempt == attempt.number and look.age_s <= still_s
+            look
+            for look in job.examined
+            if look.attempt == attempt.number and look.age_s <= still_s and look.stacks
         ),
     )
 
@@ -133,9 +136,11 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
     learnt_s, why = _learnt(still, found)
     unknown_s = max(job.spec.recovery.hang_after_unknown_s, learnt_s or 0.0)
     early_s = max(policy.suspect_s, 10 * attempt.step_every_s) if attempt.stepped else policy.say_still_s
-    if still.still_s < (learnt_s or min(early_s, policy.say_still_s, unknown_s)):
+    # Where the bound is far (a phase that speaks to the world) a look may show what needs no bound.
+    if still.still_s < min(learnt_s or unknown_s, early_s, policy.say_still_s, unknown_s):
         return None
-    if not still.looks or still.looks[-1].age_s > policy.examine_again_s:
+    late = still.still_s >= (learnt_s or 0.0)
+    if not still.looks or (late and still.looks[-1].age_s > policy.examine_again_s):
         reason = f"no rank of attempt {attempt.number} moves: looks at all of them closely"
         return None if job.examining else Suspicion(reason=reason, nodes=attempt.nodes)
     if found.mismatch:
@@ -143,15 +148,16 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
             return _verdict(still, found, learnt_s, "two close looks agree, and nothing moved between them")
         if still.looks[-1].age_s >= policy.examine_soon_s and not job.examining:
             return Suspicion(reason=f"{found.why}: looks a second time", nodes=attempt.nodes)
-    if learnt_s is not None and still.still_s >= learnt_s and _may_act(still, found):
+    if learnt_s is not None and late and _may_act(still, found):
         return _verdict(still, found, learnt_s, why)
     if still.still_s >= unknown_s:
         why = f"nothing moved for {unknown_s:g} s (recovery.hang_after_unknown)"
         return _verdict(still, found, unknown_s, why)
-    if still.still_s < policy.say_still_s:
+    if still.still_s < policy.say_still_s or not late:
         return None
     # The figure that runs down is `due_s`; the reason stays the same.
-    who = _who(still, found)
+    cut = _cut(still)
+    who = f"the network is cut between {links.told(cut)}" if cut and found.carrier else _who(still, found)
     reason = f"{STANDS}no rank moves; {who}. It is ended when nothing has moved for {unknown_s:g} s"
     return Pending(reason=reason, due_s=max(unknown_s - still.still_s, HELD_S))
 
@@ -209,6 +215,9 @@ def _may_act(still: _Standstill, found: Blame) -> bool:
 
 
 def _verdict(still: _Standstill, found: Blame, bound_s: float | None, noticed: str) -> Verdict:
+    cut = _cut(still)
+    if cut and (found.carrier or not found.named):
+        return _severed(still, cut, bound_s, noticed)
     culprit = found.ranks[0] if found.named else None
     by_rank = {one.rank: one for one in still.ranks}
     one = by_rank.get(culprit) if culprit is not None else None
@@ -227,12 +236,43 @@ def _verdict(still: _Standstill, found: Blame, bound_s: float | None, noticed: s
         else f"hung: {'mismatched collective' if found.mismatch else doing}",
         noticed=noticed,
         bound_s=bound_s,
-        confidence=1.0 if found.mismatch or len(found.ranks) == 1 else 0.5 if found.named else 0.0,
+        confidence=_sure(found),
         evidence=(
             *_processes(still, found),
             *stacks.told(still.findings, culprit),
             *(still.looks[-1].errors if still.looks else ()),
         )[:40],
+    )
+
+
+def _sure(found: Blame) -> float:
+    if len(found.ranks) == 1 or (found.mismatch and not found.even):
+        return 1.0
+    return 0.5 if found.named else 0.0
+
+
+def _cut(still: _Standstill) -> tuple[links.Link, ...]:
+    nodes = {one.rank: part.node for part in still.attempt.parts for one in part.ranks}
+    return links.cut_ones(links.links(still.findings, nodes))
+
+
+def _severed(still: _Standstill, cut: tuple[links.Link, ...], bound_s: float | None, noticed: str) -> Verdict:
+    """Ranks that all wait while the kernel gets no answer between their nodes: no rank is to blame."""
+    node = links.likeliest(cut, still.attempt.nodes, still.job.failures)
+    sure = links.in_common(cut) is not None
+    which = f"they have {node} in common" if sure else f"{node} is taken to be the end that fails"
+    first = " ".join(cut[0].nodes)
+    return Verdict(
+        kind="hung",
+        what=f"no rank is to blame: the network is cut between {links.told(cut)}; {which}",
+        blame="infrastructure",
+        node=node,
+        began_s=still.still_s,
+        signature=f"{links.CUT} {first}",
+        noticed=noticed,
+        bound_s=bound_s,
+        confidence=0.9 if sure else 0.5,
+        evidence=(*_processes(still, blame(still.ranks, still.attempt.layout, still.findings)),),
     )
 
 

@@ -5,27 +5,20 @@ ordered exactly by their shim; between nodes only ages are compared, which repor
 that come close together one that looks like a peer's fault (SIGABRT of a watchdog, an error that speaks of a
 peer) does not count as the cause, and alone waits a moment for word of that peer.
 
-Silence is not failure. A gang that makes progress proves that all its ranks live, so a silent node is only
-marked; the rest is ended when a node is silent *and* the gang stands still beyond its bound, or on positive
-evidence of death. When no node answers at all, it is the controller that is cut off.
+A node is dead on positive evidence; what is made of its silence is `decide.unheard`'s to say.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from keepstep.core import durations
-from keepstep.core.durations import Usual, phase_of
 from keepstep.core.ids import Node
-from keepstep.core.states import AttemptState, NodeState
-from keepstep.decide.death import orphan_lease_s
+from keepstep.core.states import AttemptState
 from keepstep.decide.hung import Suspicion, hung
 from keepstep.decide.lying import lying
 from keepstep.decide.place import count, listed
 from keepstep.decide.plan import Pending, Policy, Verdict
+from keepstep.decide.unheard import Nodes, all_done, is_silent, silence_verdict, silent, standing_s
 from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, PartView, RankPhase, RankView
-
-Nodes = Mapping[Node, NodeView]
 
 JOB, INFRASTRUCTURE = "job", "infrastructure"
 _SIGNALS = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
@@ -66,15 +59,11 @@ def judge(
         or _crashed(attempt, nodes, policy)
         or _lost(attempt, nodes)
         or _vanished(attempt)
-        or (_silent(job, attempt, nodes, policy) if returned else None)
+        or (silent(job, attempt, nodes, policy) if returned else None)
         or _stalled(job, attempt, policy)
         or hung(job, attempt, policy)
         or _exited_early(job, attempt)
     )
-
-
-def is_silent(part: PartView, node: NodeView | None) -> bool:
-    return node is None or not part.heard or not node.connected or node.state is not NodeState.READY
 
 
 def _refused(attempt: AttemptView) -> Verdict | None:
@@ -157,7 +146,7 @@ def _of_a_peer(
     if not away:
         return None
     names = listed([part.node for part in away])
-    return _silence_verdict(
+    return silence_verdict(
         away, f"{victim}, like one whose peer went first, and {names} is silent", cause.age_s
     )
 
@@ -191,7 +180,7 @@ def _lost(attempt: AttemptView, nodes: Nodes) -> Verdict | None:
     """Positive evidence that a node is dead while something of the attempt should live on it."""
     for part in attempt.parts:
         node = nodes.get(part.node)
-        if node is None or not node.confirmed or _all_done(part):
+        if node is None or not node.confirmed or all_done(part):
             continue
         return Verdict(
             kind="node lost",
@@ -207,7 +196,7 @@ def _lost(attempt: AttemptView, nodes: Nodes) -> Verdict | None:
 def _vanished(attempt: AttemptView) -> Verdict | None:
     """A part ended although none of its ranks is known to have failed: its shim died, and they with it."""
     for part in attempt.parts:
-        if part.phase is PartPhase.DEAD and not _all_done(part):
+        if part.phase is PartPhase.DEAD and not all_done(part):
             why = f": {part.reason}" if part.reason else ""
             return Verdict(
                 kind="crashed",
@@ -217,104 +206,6 @@ def _vanished(attempt: AttemptView) -> Verdict | None:
                 evidence=(part.reason,) if part.reason else (),
             )
     return None
-
-
-def _silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) -> Verdict | None:
-    silent = [part for part in attempt.parts if is_silent(part, nodes.get(part.node)) and not _all_done(part)]
-    if not silent:
-        return None
-    if attempt.state is AttemptState.PREPARING:
-        return _silent_preparing(attempt, silent, nodes, policy)
-    ages = [_silence_s(part, nodes, attempt) for part in silent]
-    if len(silent) == len(attempt.parts):
-        lease_s = orphan_lease_s(job.spec, policy) + policy.fence_margin_s
-        if min(ages) < lease_s:
-            return None  # nobody answers: it is the controller that is cut off, and the gang probably trains
-        what = f"no node of attempt {attempt.number} said a word for the orphan lease's {lease_s:g} s"
-        return _silence_verdict(silent, what, min(ages))
-    cut_off = _cut_off(job, attempt, dict(zip((part.node for part in silent), ages, strict=True)), policy)
-    if cut_off is not None:
-        return cut_off
-    bound_s = standstill_s(attempt, policy)
-    still_s = _still_s(attempt)
-    told = [part for part, age_s in zip(silent, ages, strict=True) if age_s >= policy.silent_gang_bound_s]
-    if not told or still_s < bound_s:
-        return None
-    names = listed([part.node for part in told])
-    gang = "made no progress" if attempt.stepped else "did not come to its first step"
-    word = f"{names} is silent for more than {policy.silent_gang_bound_s:g} s"
-    what = f"{word}, and the gang {gang} for {bound_s:g} s"
-    return _silence_verdict(told, what, min(max(ages), still_s))
-
-
-def _cut_off(
-    job: JobView, attempt: AttemptView, silent: Mapping[Node, float], policy: Policy
-) -> Verdict | None:
-    """Sooner than by the bound for all gangs: every rank that can be asked waits, longer than it ever did.
-
-    Not where one of them does something else, or is in a phase that nobody knows yet (a first evaluation);
-    and only a node whose silence began with the waiting is its reason.
-    """
-    parts = [part for part in attempt.parts if part.node not in silent]
-    ranks = [one for part in parts for one in part.ranks if one.phase is RankPhase.RUNNING]
-    bound_s, still_s = policy.silent_after_s, min((one.still_s or 0.0 for one in ranks), default=0.0)
-    for one in ranks:
-        learnt_s = durations.bound_s(phase_of(one.doing), job.usual.get(one.doing, Usual()))
-        if learnt_s is None or one.waiting_s is None:
-            return None
-        bound_s = max(bound_s, learnt_s)
-    since_s = min(max(bound_s, still_s), policy.silent_gang_bound_s)
-    told = [Node(name) for name, age_s in silent.items() if age_s >= since_s]
-    if still_s < bound_s or not told:
-        return None
-    doing = listed(sorted({one.doing for one in ranks}))
-    what = f"{listed(told)} is silent, and all others wait for {bound_s:.2g} s, longer than {doing} ever took"
-    return Verdict(kind="silent", what=what, blame=INFRASTRUCTURE, node=told[0], began_s=still_s)
-
-
-def standstill_s(attempt: AttemptView, policy: Policy) -> float:
-    """For how long a gang makes no progress before a silent node of it is taken to be the reason."""
-    if not attempt.stepped:
-        return max(policy.silent_gang_bound_s, policy.start_within_s)
-    return max(policy.silent_gang_bound_s, policy.step_bound_factor * attempt.step_every_s)
-
-
-def _silent_preparing(
-    attempt: AttemptView, silent: list[PartView], nodes: Nodes, policy: Policy
-) -> Verdict | None:
-    """Nothing runs yet, so nothing is lost by looking for another node."""
-    told = [part for part in silent if _away_s(part, nodes, attempt) >= policy.silent_gang_bound_s]
-    if not told:
-        return None
-    names = listed([part.node for part in told])
-    bound_s = policy.silent_gang_bound_s
-    what = f"{names} is silent for more than {bound_s:g} s while attempt {attempt.number} is prepared"
-    return _silence_verdict(told, what, bound_s)
-
-
-def _away_s(part: PartView, nodes: Nodes, attempt: AttemptView) -> float:
-    """A connected node that has not reported the attempt yet is slow, not silent."""
-    node = nodes.get(part.node)
-    if node is None:
-        return attempt.age_s
-    return 0.0 if node.connected and node.state is NodeState.READY else node.silence_s
-
-
-def _silence_s(part: PartView, nodes: Nodes, attempt: AttemptView) -> float:
-    """An agent that is back and does not know the attempt is silent for as long as the gang stands."""
-    node = nodes.get(part.node)
-    if node is None:
-        return attempt.step_age_s
-    return attempt.step_age_s if node.connected and not part.heard else node.silence_s
-
-
-def _silence_verdict(silent: list[PartView], what: str, began_s: float) -> Verdict:
-    return Verdict(kind="silent", what=what, blame=INFRASTRUCTURE, node=silent[0].node, began_s=began_s)
-
-
-def _still_s(attempt: AttemptView) -> float:
-    counted = attempt.progress_age_s
-    return attempt.step_age_s if counted is None else min(attempt.step_age_s, counted)
 
 
 def _stalled(job: JobView, attempt: AttemptView, policy: Policy) -> Verdict | None:
@@ -356,7 +247,7 @@ def _exited_early(job: JobView, attempt: AttemptView) -> Verdict | None:
         return None
     first = max(left, key=lambda one: one.age_s)
     busy_s = min((one.rank.doing_age_s for one in stay if one.rank.doing_age_s is not None), default=bound_s)
-    if min(_still_s(attempt), first.age_s, busy_s) < bound_s:
+    if min(standing_s(attempt), first.age_s, busy_s) < bound_s:
         return None
     return Verdict(
         kind="exited early",
@@ -365,13 +256,9 @@ def _exited_early(job: JobView, attempt: AttemptView) -> Verdict | None:
         blame=JOB,
         rank=first.rank.rank,
         node=first.part.node,
-        began_s=min(_still_s(attempt), first.age_s),
+        began_s=min(standing_s(attempt), first.age_s),
         signature=signature("exited early", ""),
     )
-
-
-def _all_done(part: PartView) -> bool:
-    return bool(part.ranks) and all(rank.phase is RankPhase.EXITED for rank in part.ranks)
 
 
 def _how(rank: RankView) -> str:

@@ -10,7 +10,10 @@ trainer then ends itself, so that nothing more is made or stored of it. What fol
                                 it; if it comes again, from the same batch and on other hardware where there
                                 is any, the batch is the cause, and is left out from then on
 
-A loss that jumps out of a robust band is only told: it heals by itself more often than a restart would mend.
+A loss that jumps out of a robust band and stays there is only told, unless the job's policy is to act: it
+heals by itself more often than a restart would mend. Where it is acted on, the job goes back to the last
+state that was proved before it and takes the same batches again. If the loss jumps again, they are the cause
+and left out; if it does not, it was chance or hardware, and that is told.
 """
 
 import statistics
@@ -18,11 +21,13 @@ from collections.abc import Iterable, Sequence
 
 from keepstep.core.beacon import Trouble
 from keepstep.core.ids import Node, Step
+from keepstep.decide.links import CUT
 from keepstep.decide.plan import Verdict
 from keepstep.decide.view import AttemptView, Failure, JobView, PartView, RankView
 
 PARITY_EVERY = 50  # steps between two proofs that the state is what it should be
 NOT_FINITE = "lying: not finite"
+SPIKE = "lying: loss spike"
 _AGAIN = 2  # the second time is no accident
 _BAND, _WINDOW_MIN, _IN_A_ROW = 10.0, 32, 3
 _WORDS = {
@@ -104,7 +109,7 @@ def _not_finite(
     now = first[3].node if first else None
     other = now is not None and bool(then) and now not in then
     hardware = f"on {now} as on {', '.join(sorted(then))}" if other and now else "from the same batch"
-    proved = max((step - 1) // PARITY_EVERY * PARITY_EVERY - 1, 0)
+    proved = _proved(step - 1)
     return Verdict(
         kind="lying",
         what=f"{what}, again, {hardware}: the batch is the cause, and is left out from now on",
@@ -119,35 +124,104 @@ def _not_finite(
     )
 
 
+def _proved(step: int) -> int:
+    """The last step up to `step` whose state was proved, and not by what came after it."""
+    return max(step // PARITY_EVERY * PARITY_EVERY - 1, 0)
+
+
 def skipped(failures: Iterable[Failure]) -> tuple[Step, ...]:
-    """Steps whose batch is left out: it gave nothing finite twice."""
+    """Steps whose batch is left out: it did harm twice."""
     steps = [one.step for one in failures if one.signature == NOT_FINITE]
-    return tuple(Step(step) for step in sorted(set(steps)) if steps.count(step) >= _AGAIN)
+    found = {step for step in steps if steps.count(step) >= _AGAIN}
+    jumps = [one.step for one in failures if one.signature == SPIKE]
+    for step in jumps:
+        if jumps.count(step) >= _AGAIN:
+            found |= _batches(step)
+    return tuple(Step(step) for step in sorted(found))
+
+
+def _batches(step: int) -> set[int]:
+    """A loss is that of the weights before its step's update: either update may be the one that did it."""
+    return {max(step - 1, 1), step}
 
 
 def suspects(failures: Iterable[Failure]) -> frozenset[Node]:
     """Nodes that lied or held the gang up: others come first, as long as there are any."""
     return frozenset(
-        one.node for one in failures if one.node is not None and one.signature.startswith(("lying", "slow"))
+        one.node
+        for one in failures
+        if one.node is not None and one.signature.startswith(("lying", "slow", CUT))
     )
 
 
-def jump(job: JobView) -> Verdict | None:
-    """A loss that stays above its band."""
-    said = spike(job.losses)
-    if not said:
+def jump(job: JobView, attempt: AttemptView) -> Verdict | None:
+    """A loss that stays above its band; or that did not jump again where it had before."""
+    found = spike(job.losses)
+    before = [one for one in job.failures if one.signature == SPIKE]
+    if found is None:
+        return _passed(attempt, before)
+    step, said = found
+    if job.spec.recovery.on_loss_spike != "skip" or job.spec.run.kind != "llama":
+        return Verdict(
+            kind="lying", what=said, blame="job", signature="loss spike", confidence=0.5, step=step
+        )
+    again = any(one.step == step for one in before)
+    batches = ", ".join(map(str, sorted(_batches(step))))
+    then = (
+        f"again, from the same batches: those of steps {batches} are the cause, and are left out from now on"
+        if again
+        else "it goes back, and tries the same batches again"
+    )
+    return Verdict(
+        kind="lying",
+        what=f"{said}; {then}",
+        blame="job",
+        signature=SPIKE,
+        noticed=f"the last state that was proved before it is that of step {_proved(step - 2)}",
+        confidence=0.9 if again else 0.5,
+        step=step,
+        not_after=_proved(step - 2),
+    )
+
+
+def acted_on(verdict: Verdict) -> bool:
+    return verdict.signature == SPIKE
+
+
+def _passed(attempt: AttemptView, before: Sequence[Failure]) -> Verdict | None:
+    if not before or before[-1].attempt >= attempt.number or attempt.step < before[-1].step + _IN_A_ROW:
         return None
-    return Verdict(kind="lying", what=said, blame="job", signature="loss spike", confidence=0.5)
+    last = before[-1]
+    if sum(one.step == last.step for one in before) >= _AGAIN:
+        return None  # its batches are left out
+    what = f"the loss of step {last.step} did not jump again from the same batches: it was not the batch"
+    return Verdict(
+        kind="lying",
+        what=f"{what} but chance, or the hardware of attempt {last.attempt}",
+        blame="infrastructure",
+        signature="loss spike gone",
+        confidence=0.7,
+        step=last.step,
+    )
 
 
-def spike(losses: Sequence[float]) -> str:
-    """Says how far the last few losses lie above the band of those before; "" where they do not."""
+def spike(losses: Sequence[tuple[int, float]]) -> tuple[int, str] | None:
+    """Since which step the losses lie above the band of those before, and how far; None: they do not."""
     if len(losses) < _WINDOW_MIN + _IN_A_ROW:
-        return ""
-    before, last = losses[:-_IN_A_ROW], losses[-_IN_A_ROW:]
-    middle = statistics.median(before)
-    spread = statistics.median(abs(loss - middle) for loss in before)
-    edge = middle + max(_BAND * spread, 0.2 * abs(middle))
-    if min(last) <= edge:
-        return ""
-    return f"the loss is {last[-1]:.3f}, above {edge:.3f} for {_IN_A_ROW} steps (median {middle:.3f})"
+        return None
+    values = [loss for _, loss in losses]
+    first = len(losses) - _IN_A_ROW
+    edge, middle = _edge(values[:first])
+    if min(values[first:]) <= edge:
+        return None
+    while first > _WINDOW_MIN and values[first - 1] > _edge(values[: first - 1])[0]:
+        first -= 1  # several steps may come at a time: where it began is what another attempt must agree with
+    edge, middle = _edge(values[:first])
+    step = losses[first][0]
+    return step, f"the loss is {values[-1]:.3f}, above {edge:.3f} since step {step} (median {middle:.3f})"
+
+
+def _edge(values: Sequence[float]) -> tuple[float, float]:
+    middle = statistics.median(values)
+    spread = statistics.median(abs(loss - middle) for loss in values)
+    return middle + max(_BAND * spread, 0.2 * abs(middle)), middle

@@ -163,6 +163,7 @@ class Examine(Change):
     attempt: Attempt
     nodes: tuple[Node, ...]
     within_s: float
+    stacks: bool = True  # False: only at processes and connections, which costs next to nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

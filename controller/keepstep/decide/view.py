@@ -78,6 +78,8 @@ class Pace:
     data_s: float
     waited_s: float  # for other ranks
     starved_s: float  # ready to run, and no processor for it
+    collected_s: float = 0.0  # Python collected garbage; within the others
+    waited_least_s: float | None = None  # in the quickest such while of the attempt so far
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,18 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Connected:
+    """A rank's TCP connections to one other host, as the kernel measures them."""
+
+    local: str  # addresses
+    peer: str
+    rtt_s: float = 0.0  # the slowest round trip of those that are in use
+    rtt_least_s: float = 0.0  # that was seen lately
+    unanswered_s: float = 0.0  # what was sent is sent again and again, and nothing came back for so long
+    resent: float = 0.0  # share of what was sent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """What an agent found when it looked at one rank closely."""
 
@@ -136,6 +150,7 @@ class Finding:
     interpreter: str = ""  # answers | stuck (its lock is held) | unknown
     stack: tuple[str, ...] = ()  # innermost first, "file:line function"
     groups: tuple[Recorded, ...] = ()
+    links: tuple[Connected, ...] = ()
     error: str = ""
 
 
@@ -145,6 +160,7 @@ class Examined:
 
     attempt: Attempt
     age_s: float
+    stacks: bool = True  # False: only at their processes and connections
     findings: tuple[Finding, ...] = ()
     errors: tuple[str, ...] = ()  # of nodes that did not answer
 
@@ -309,7 +325,7 @@ class JobView:
     measured: Measured = Measured()
     found: Mapping[str, float] = field(default_factory=dict)  # what was told of the attempt; seconds ago
     lacks: str = ""  # what its pool says of nodes that are not there yet
-    losses: tuple[float, ...] = ()  # of the last steps, oldest first
+    losses: tuple[tuple[int, float], ...] = ()  # of the last steps, with their numbers, oldest first
 
     @property
     def held(self) -> tuple[Kept, ...]:

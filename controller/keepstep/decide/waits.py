@@ -37,6 +37,7 @@ class Blame:
     named: bool
     why: str
     mismatch: bool = False
+    even: bool = False  # as many are in the one collective as in the other: the odd one may be either
     carrier: bool = False  # it is no rank: what carries a collective is stuck
 
 
@@ -48,7 +49,7 @@ def blame(ranks: Iterable[RankView], layout: Layout, findings: Iterable[Finding]
     clash = mismatch(found.values())
     if clash:
         members = tuple(rank for rank in clash[0] if rank in by_rank) or clash[0]
-        return Blame(ranks=members, named=True, why=clash[1], mismatch=True)
+        return Blame(ranks=members, named=True, why=clash[1], mismatch=True, even=clash[2])
     sinks = [by_rank[rank] for rank in wanted if rank in by_rank and rank not in edges]
     if sinks:
         first, *others = sorted(sinks, key=_progress)
@@ -66,7 +67,8 @@ def blame(ranks: Iterable[RankView], layout: Layout, findings: Iterable[Finding]
         each = "; ".join(
             f"rank {one} waits in {_collective(by_rank[one]) or 'a collective'}" for one in circle[:4]
         )
-        return Blame(ranks=circle, named=True, why=f"they wait for each other: {each}", mismatch=True)
+        why = f"they wait for each other: {each}"
+        return Blame(ranks=circle, named=True, why=why, mismatch=True, even=True)
     return _least(by_rank, found)
 
 
@@ -124,8 +126,11 @@ def _enqueued(finding: Finding, group: Recorded) -> int:
     return next((one.enqueued for one in same), 0)
 
 
-def mismatch(findings: Iterable[Finding]) -> tuple[tuple[Rank, ...], str] | None:
-    """Ranks that began different operations as the same collective of one group: the odd ones first."""
+def mismatch(findings: Iterable[Finding]) -> tuple[tuple[Rank, ...], str, bool] | None:
+    """Ranks that began different operations as the same collective of one group: the odd ones first.
+
+    With why, and whether the odd ones are no fewer than the others.
+    """
     by_place: dict[tuple[str, tuple[Rank, ...], int], dict[str, list[Rank]]] = {}
     for finding in findings:
         for group in finding.groups:
@@ -140,7 +145,7 @@ def mismatch(findings: Iterable[Finding]) -> tuple[tuple[Rank, ...], str] | None
                 f"mismatched collective {sequence} of group {name or 'default'}: rank {few[0]} is in {odd}, "
                 f"{_listed(most[1])} in {most[0]}"
             )
-            return (*few, *(rank for _, them in rest for rank in them)), why
+            return (*few, *(rank for _, them in rest for rank in them)), why, len(few) == len(most[1])
     return None
 
 

@@ -4,7 +4,7 @@ The meaning of a field is the text beneath it: `spec explain`, the JSON Schema a
 from these models. Defaults are those of `core.job`, so that a spec that was never a document has the same.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -118,6 +118,9 @@ class RecoverySection(Section):
     """The pause before restarts that lead nowhere."""
     no_progress_max: Annotated[Whole, Field(ge=1, le=10**6)] = _RECOVERY.no_progress_max
     """Attempts in a row without a single step, whoever is to blame; then the job fails."""
+    on_loss_spike: Literal["tell", "skip"] = "tell"
+    """A loss that stays far above its band is told, or the job goes back to before it; where it comes again
+    from the same batches, they are left out. The built-in trainer only."""
     fenced: Truth | None = Field(
         default=None, json_schema_extra={"default_text": "true for the built-in trainer, else false"}
     )

@@ -202,6 +202,7 @@ def _recovery(document: JobDocument) -> job.Recovery:
             first_s=section.backoff.first, factor=section.backoff.factor, max_s=section.backoff.max
         ),
         no_progress_max=section.no_progress_max,
+        on_loss_spike=section.on_loss_spike,
         fenced=llama if section.fenced is None else section.fenced,
         self_fence_s=section.self_fence,
         orphan_lease_s=section.orphan_lease,

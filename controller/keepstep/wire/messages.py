@@ -62,6 +62,7 @@ class RankStatus(Part, kw_only=True, frozen=True):
     passed_s: float | None = None  # in all phases that it completed; of these ...
     own_s: float = 0.0  # ... computing, waiting for others left out
     data_s: float = 0.0  # ... and for data
+    collected_s: float = 0.0  # Python collected garbage, in all
     starved_s: float = 0.0  # its main thread was ready to run and had no processor, in all
     trouble: str = ""  # core.beacon.Trouble: numbers of it that cannot be true
     trouble_step: int = -1

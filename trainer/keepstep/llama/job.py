@@ -50,7 +50,7 @@ class TrainJob:
     branches: tuple[Branch, ...]  # the lineage, this attempt included
     init_from: str | None
     timeout_s: float  # of every collective
-    skip_steps: frozenset[int] = frozenset()  # whose batch gave nothing finite: no update is made of it
+    skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
 
     @property
     def sequences(self) -> int:

@@ -65,7 +65,7 @@ class Update:
     grad_norm: float  # global, before clipping
     asks: tuple[bool, ...]  # each question: whether any rank asked it
     least: tuple[float, ...] = ()  # the MIN over all ranks of what each of them said
-    skipped: bool = False  # nothing finite came of its batch, as was known before
+    skipped: bool = False  # its batch is left out: it was known to do harm
 
 
 class Gradients:
@@ -133,14 +133,21 @@ class ShardedAdamW:
         self._count = torch.zeros((), device=state.state.device)
 
     def update(
-        self, losses: Tensor, *, lr: float, asks: Sequence[bool] = (), says: Sequence[float] = ()
+        self,
+        losses: Tensor,
+        *,
+        lr: float,
+        asks: Sequence[bool] = (),
+        says: Sequence[float] = (),
+        left_out: bool = False,
     ) -> Update:
         """One step. `losses` [replicas of this rank], zero but on the ranks that count.
 
         `asks` are this rank's wishes (to stop, to save): all ranks learn of them in the same step. Of each
         number that it `says` all learn the least.
 
-        The gradient is finite or the update does not happen: a NaN would reach every weight.
+        The gradient is finite or the update does not happen: a NaN would reach every weight. Nor does it for
+        a batch that is left out.
         """
         grads = self.gradients.sum()
         squares = torch.stack([torch.linalg.vector_norm(grads[piece]).square() for piece in self._pieces])
@@ -150,7 +157,7 @@ class ShardedAdamW:
         loss, square, *wished = _totals(rows, summed)
         least = tuple(min(column) for column in zip(*(row[summed:] for row in rows), strict=True))
         norm = math.sqrt(square)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not left_out:
             too_long = self.config.clip and norm > self.config.clip
             self._adamw(grads, lr, norm / self.config.clip if too_long else 1.0)
         self.publish()

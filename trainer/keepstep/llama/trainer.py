@@ -100,20 +100,19 @@ class Trainer:
             self.optimizer.gradients.collect(replica)
         self.parity.check()
         lr = job.optimizer.lr_at(state.step, job.steps)
-        update = self.optimizer.update(losses, lr=lr, asks=asks, says=says())
+        left_out = state.step + 1 in job.skip_steps
+        update = self.optimizer.update(losses, lr=lr, asks=asks, says=says(), left_out=left_out)
         self.parity.seal()
-        return self._believed(update)
+        return replace(update, skipped=True) if left_out else self._believed(update)
 
     def _believed(self, update: Update) -> Update:
-        """What is not finite made no update, and is told, unless one knows that its batch is the cause.
+        """What is not finite made no update, and is told.
 
         Errors: RuntimeError on all ranks alike where a controller can do something about it.
         """
         if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
             return update
         step = self.state.step
-        if step in self.job.skip_steps:
-            return replace(update, skipped=True)
         if not bool(torch.isfinite(self.state.grads).all()):
             self.session.trouble(Trouble.NOT_FINITE_HERE, step)
         self.session.trouble(Trouble.NOT_FINITE, step)

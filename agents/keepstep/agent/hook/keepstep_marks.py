@@ -9,6 +9,7 @@ Loaded by path, from beside the hook. Standard library only, for every Python th
 """
 
 import functools
+import gc
 import mmap
 import os
 import sys
@@ -263,12 +264,9 @@ def _batch(marks: Marks, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def attach(torch: Any, code: Any, page: mmap.mmap, say: Callable[[str], None]) -> Marks:
     """Begin to write the beacon. `code`: the module keepstep.core.beacon, however it was loaded."""
     is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
-    marks = Marks(
-        code.BeaconWriter(page, rank=_number("RANK", 0), world_size=_number("WORLD_SIZE", 1)),
-        code.Phase,
-        is_compiling,
-        say,
-    )
+    writer = code.BeaconWriter(page, rank=_number("RANK", 0), world_size=_number("WORLD_SIZE", 1))
+    marks = Marks(writer, code.Phase, is_compiling, say)
+    _count_collections(writer.passed, int(code.Phase.COLLECTING))
     os.register_at_fork(after_in_child=marks.end)
     optimizer: Any = sys.modules["torch.optim.optimizer"]
     optimizer.register_optimizer_step_pre_hook(marks.before_step)
@@ -284,6 +282,30 @@ def attach(torch: Any, code: Any, page: mmap.mmap, say: Callable[[str], None]) -
         module = parallel.DistributedDataParallel
         module.forward = _forward(marks, module.forward, torch.is_grad_enabled)
     return marks
+
+
+def _count_collections(passed: Callable[[int, int], None], row: int) -> None:
+    """From now on each run of Python's garbage collector is a completion of this row of the beacon's table.
+
+    Also when another one marks the phases: nobody else writes this row, and the collector does not run twice
+    at a time, in whatever thread.
+    """
+    clock, began = time.monotonic_ns, 0
+
+    def collected(when: str, _: Any) -> None:
+        nonlocal began
+        if when == "start":
+            began = clock()
+        elif began:
+            passed(row, clock() - began)
+
+    def forget() -> None:
+        """A child that the rank forks shares its page, and has no business there."""
+        if collected in gc.callbacks:
+            gc.callbacks.remove(collected)
+
+    gc.callbacks.append(collected)
+    os.register_at_fork(after_in_child=forget)
 
 
 def _number(name: str, otherwise: int) -> int:

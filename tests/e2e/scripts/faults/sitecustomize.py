@@ -1,11 +1,14 @@
-"""Makes one rank of the built-in trainer fail in the first attempt: DISTURB says KIND:RANK:STEP.
+"""Makes one rank of the built-in trainer fail: DISTURB says KIND:RANK:STEP, with commas one for each attempt.
 
 On PYTHONPATH of a job under test. The trainer itself is unchanged: its class is wrapped when it is imported.
+With the kind `asked` a rank is held up as DISTURB_FOLDER/asked says at each step: `data`, `gc`, or nothing.
 """
 
+import gc
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 import threading
 import time
@@ -15,13 +18,15 @@ from types import ModuleType
 from typing import Any
 
 TRAINER = "keepstep.llama.trainer"
+FLIPPED = {"flip weights": "weights", "flip owned": "master", "flip moment": "exp_avg"}  # of its state
 
 
 def disturb(trainer: Any, kind: str) -> None:
     """In the middle of a step, in its forward phase."""
     from keepstep.session import Phase
 
-    trainer.session.phase(Phase.EVALUATION if kind == "evaluate" else Phase.FORWARD)
+    if kind != "asked":
+        trainer.session.phase(Phase.EVALUATION if kind == "evaluate" else Phase.FORWARD)
     match kind:
         case "loop":
             while True:
@@ -35,23 +40,48 @@ def disturb(trainer: Any, kind: str) -> None:
         case "exit":
             os._exit(0)
         case "mismatch":
-            import torch
             import torch.distributed as dist
 
             trainer.session.wait("world")
-            dist.all_reduce(torch.zeros(1), group=trainer.groups.world)
+            dist.barrier(trainer.groups.world)  # the others come to another collective
+        case "lock":
+            re.match("(a+)+$", "a" * 64 + "b")  # for centuries, and never gives the interpreter back
+        case "asked":
+            hold_up(trainer, Path(os.environ["DISTURB_FOLDER"]) / "asked")
         case "slow":
             until = time.perf_counter() + float(os.environ["DISTURB_SECONDS"])
             while time.perf_counter() < until:
                 sum(range(1000))
         case "nan":
             spoil(trainer)
-        case "flip weights":
-            trainer.state.weights.view(torch_int())[11] ^= 1 << 20
-        case "flip owned":
-            trainer.state.master.view(torch_int())[11] ^= 1 << 20
-        case "flip moment":
-            trainer.state.exp_avg.view(torch_int())[11] ^= 1 << 20
+        case "flip weights" | "flip owned" | "flip moment":
+            flip(getattr(trainer.state, FLIPPED[kind]))
+
+
+def flip(part: Any) -> None:
+    """One bit of one word."""
+    import torch
+
+    part.view(torch.int32)[11] ^= 1 << 20
+
+
+def hold_up(trainer: Any, asked: Path) -> None:
+    """Its data comes late, or it collects the garbage of a crowd of objects at each step."""
+    match asked.read_text() if asked.exists() else "":
+        case "data":
+            source = trainer.source
+
+            class Late:
+                def sequences(self, *arguments: int) -> Any:
+                    trainer.source = source
+                    time.sleep(0.08)
+                    return source.sequences(*arguments)
+
+            trainer.source = Late()
+        case "gc":
+            crowd = [[k] for k in range(400_000)]
+            gc.collect()
+            crowd.clear()
 
 
 def spoil(trainer: Any) -> None:
@@ -67,20 +97,15 @@ def spoil(trainer: Any) -> None:
     gradients.collect = spoilt
 
 
-def torch_int() -> Any:
-    import torch
-
-    return torch.int32
-
-
 def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
-    kind, rank, at = os.environ["DISTURB"].split(":")
+    faults = [fault.split(":") for fault in os.environ["DISTURB"].split(",")]
 
     def faulty(self: Any, *arguments: Any, **named: Any) -> Any:
-        mine = os.environ.get("RANK") == rank
-        first = os.environ.get("KEEPSTEP_ATTEMPT", "").split("/")[1:2] == ["1"]
-        reached = self.state.step >= int(at) if kind == "slow" else self.state.step == int(at)
-        if mine and (first or kind == "nan") and reached:
+        attempt = int(os.environ.get("KEEPSTEP_ATTEMPT", "/1/").split("/")[1])
+        kind, rank, at = faults[min(attempt, len(faults)) - 1]
+        due = attempt <= len(faults) or kind == "nan"
+        reached = self.state.step >= int(at) if kind in ("slow", "asked") else self.state.step == int(at)
+        if os.environ.get("RANK") == rank and due and reached:
             disturb(self, kind)
         return step(self, *arguments, **named)
 
