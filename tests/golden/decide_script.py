@@ -5,7 +5,8 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
 
     policy NAME=VALUE ...           bounds of the operator
     up SECONDS                      since this controller took its term (100 unless said)
-    node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering= away reset cordoned back]
+    node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering= away reset cordoned back
+               life= drain= because=]
     job ID [script] [nodes= gpus= dp= pp= spares= min_dp= priority= fenced ...] [state= wanted= wait= queued=]
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
@@ -56,7 +57,7 @@ from keepstep.core.job import (
     Restarts,
 )
 from keepstep.core.layout import Layout, local_ranks
-from keepstep.core.states import AttemptState, JobState, NodeState
+from keepstep.core.states import AttemptState, JobState, LifeState, NodeState
 from keepstep.decide import plan as p
 from keepstep.decide.account import Moment, ledger
 from keepstep.decide.decide import decide
@@ -482,7 +483,10 @@ _NODE: dict[str, Callable[[str], tuple[str, Any]]] = {
     "away": lambda _: ("connected", False),
     "reset": lambda _: ("reset", True),
     "left": lambda _: ("left", True),
-    "cordoned": lambda _: ("cordoned", True),
+    "cordoned": lambda _: ("life", LifeState.CORDONED),
+    "life": lambda word: ("life", LifeState(word)),
+    "drain": lambda word: ("drain_s", float(word)),
+    "because": lambda word: ("life_why", word),
 }
 _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {
     "state": ("state", JobState),

@@ -15,6 +15,7 @@ from keepstep.decide.budget import worn_out
 from keepstep.decide.death import death, fenced, orphan_lease_s
 from keepstep.decide.hung import STANDS, Suspicion
 from keepstep.decide.judge import judge
+from keepstep.decide.leave import leave
 from keepstep.decide.lying import jump
 from keepstep.decide.place import could_ever, layouts, listed, missing, place, stand_by, survey
 from keepstep.decide.plan import (
@@ -183,6 +184,9 @@ class _Deciding:
                 f"{verdict.what}; to blame: {'the job' if verdict.blame == 'job' else 'the infrastructure'}"
             )
             return End(job=job.id, attempt=attempt.number, verdict=verdict, finish_s=finish_s, reason=reason)
+        left = leave(job, attempt, self.view, self.held, self.policy)
+        if left is not None:
+            return left
         match attempt.state:
             case AttemptState.PREPARING:
                 return self._preparing(job, attempt)

@@ -13,7 +13,7 @@ from keepstep.core.durations import Usual
 from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
-from keepstep.core.states import AttemptState, JobState, NodeState
+from keepstep.core.states import AttemptState, JobState, LifeState, NodeState
 
 NOTHING = Attempt(0)  # the parent of an attempt that begins from nothing
 BEGINNING = Step(0)
@@ -57,7 +57,9 @@ class NodeView:
     confirmed: str = ""  # positive evidence that the node or its agent's processes are dead, or ""
     reset: bool = False  # its connection was reset or closed, rather than gone quiet
     left: bool = False  # its agent took its leave, and nothing of any attempt was alive on it
-    cordoned: bool = False
+    life: LifeState = LifeState.HEALTHY  # as hardware; only some of them get new work
+    life_why: str = ""
+    drain_s: float | None = None  # left until a draining node's deadline
     attached: JobId | None = None  # serves this job only (`keepstep run`)
     warm_for: frozenset[JobId] = frozenset()  # has a loaded standby server for these
     ready_s: float = 0.0  # since it became ready, without a break

@@ -1,0 +1,90 @@
+"""The life of a node as hardware: from well to suspect to proven well again, beside its connection's (`node`).
+
+Each state has an owner, a deadline and a way back:
+
+| state | who gets it on | until | then |
+|---|---|---|---|
+| suspect | triage | its evidence is gone for good, or `suspect_within` | healthy, or it is cordoned to be validated |
+| cordoned | its job, which ends; or the person who did it | `idle_within`; a person's has none | quarantined, or drained |
+| draining | the job, which moves when a spare stands by | the drain's deadline: the job is ended then | quarantined |
+| quarantined | the repair that is next; a person where no hook does it | at once, or a person | repairing, validating, replace |
+| repairing | the repair's hook | the hook's `within` and `return_within` | validating, or the next repair |
+| validating | a job of keepstep's own on the node | `validate_within` | probation, or the next repair |
+| probation | time: it works again, and is looked at more strictly | `probation` | healthy |
+| replace | a person or the hook `ticket` | another machine, or a person's word | validating |
+
+A person may uncordon in any of them.
+"""
+
+from enum import StrEnum
+
+from keepstep.core.states.table import Table, rows
+
+
+class LifeState(StrEnum):
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"  # gets no new work while it is watched
+    CORDONED = "cordoned"  # gets no new work; what runs there goes on to its end
+    DRAINING = "draining"  # its job leaves it as soon as that costs little, at the deadline at the latest
+    QUARANTINED = "quarantined"  # empty; waits for its repair
+    REPAIRING = "repairing"
+    VALIDATING = "validating"
+    PROBATION = "probation"  # works again; the next fault counts as a relapse
+    REPLACE = "replace"  # repairs have not helped: another machine, or another part
+
+
+class LifeEvent(StrEnum):
+    SUSPECT = "suspect"
+    CLEAR = "clear"  # what it was taken out for is gone, or was not its fault
+    CORDON = "cordon"
+    DRAIN = "drain"
+    EMPTY = "empty"  # nothing of any job is left on it
+    REPAIR = "repair"
+    REPAIRED = "repaired"
+    FAIL = "fail"  # the repair or the validation
+    VALIDATE = "validate"
+    PASS = "pass"  # noqa: S105 - of a validation
+    PROVE = "prove"
+    CONDEMN = "condemn"
+    REPLACED = "replaced"
+    UNCORDON = "uncordon"
+
+
+_L, _E = LifeState, LifeEvent
+
+LIFE = Table(
+    noun="life",
+    first=_L.HEALTHY,
+    rows=rows(
+        (_L.HEALTHY, _E.SUSPECT, _L.SUSPECT),
+        ((_L.SUSPECT, _L.CORDONED, _L.DRAINING), _E.CLEAR, _L.HEALTHY),
+        ((_L.HEALTHY, _L.SUSPECT, _L.PROBATION), _E.CORDON, _L.CORDONED),
+        ((_L.HEALTHY, _L.SUSPECT, _L.CORDONED, _L.PROBATION), _E.DRAIN, _L.DRAINING),
+        ((_L.CORDONED, _L.DRAINING), _E.EMPTY, _L.QUARANTINED),
+        (_L.QUARANTINED, _E.REPAIR, _L.REPAIRING),
+        (_L.REPAIRING, _E.REPAIRED, _L.VALIDATING),
+        ((_L.REPAIRING, _L.VALIDATING), _E.FAIL, _L.QUARANTINED),
+        (_L.QUARANTINED, _E.VALIDATE, _L.VALIDATING),
+        (_L.VALIDATING, _E.PASS, _L.PROBATION),
+        (_L.PROBATION, _E.PROVE, _L.HEALTHY),
+        (_L.QUARANTINED, _E.CONDEMN, _L.REPLACE),
+        (_L.REPLACE, _E.REPLACED, _L.VALIDATING),
+        (
+            (
+                _L.SUSPECT,
+                _L.CORDONED,
+                _L.DRAINING,
+                _L.QUARANTINED,
+                _L.REPAIRING,
+                _L.VALIDATING,
+                _L.PROBATION,
+                _L.REPLACE,
+            ),
+            _E.UNCORDON,
+            _L.HEALTHY,
+        ),
+    ),
+)
+
+WORKING = frozenset({LifeState.HEALTHY, LifeState.PROBATION})  # in all others a node gets no new work
+HELD = frozenset({LifeState.CORDONED, LifeState.DRAINING})  # something may still run there

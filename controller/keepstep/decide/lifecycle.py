@@ -1,0 +1,260 @@
+"""The next step of a node's life: what it needs, what is on it, what its repair and its validation came to.
+
+`advance` looks at levels only and makes at most one step of `core.states.LIFE` at a time, so it may be asked as
+often as one likes and after any restart. What a person has taken out only a person brings back.
+"""
+
+from dataclasses import dataclass, replace
+
+from keepstep.core.ids import JobId
+from keepstep.core.rules import Action, TriagePolicy
+from keepstep.core.states import LifeEvent, LifeState
+from keepstep.decide import life as li
+from keepstep.decide.breaker import Room
+from keepstep.decide.life import KEEPSTEP, Life, Need, Outcome, Repair, moved
+
+HOOK_OF = {Action.RESET: "reset", Action.RESET_IDLE: "reset", Action.REBOOT: "reboot"}
+_NEXT = {
+    Action.NOTHING: Action.RESET,
+    Action.DIAGNOSE: Action.RESET,
+    Action.RESET_IDLE: Action.REBOOT,
+    Action.RESET: Action.REBOOT,
+    Action.REBOOT: Action.REPLACE,
+    Action.REPLACE: Action.REPLACE,
+}
+_SERVED = 0.5  # a suspicion is over at this share of what it took
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What is true of a node beside its life."""
+
+    idle: bool = True  # nothing of any attempt is on it, or placed on it
+    job: JobId | None = None  # whose attempt is
+    connected: bool = True
+    rack: str = ""
+    gpus: tuple[str, ...] = ()
+    validated: bool | None = None  # what the validation came to that belongs to this time out; None: not yet
+    why: str = ""  # what it said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One change of a life; `told` goes into the timeline."""
+
+    life: Life
+    told: str
+    event: LifeEvent | None = None  # None: nothing moves, but it should be said
+    held: bool = False  # the breaker holds it
+
+
+def advance(life: Life, at: Situation, policy: TriagePolicy, now: float, room: Room) -> Step | None:
+    """The next step, or None while nothing changes."""
+    match life.state:
+        case LifeState.HEALTHY | LifeState.PROBATION | LifeState.SUSPECT:
+            return _in_service(life, at, policy, now, room)
+        case LifeState.CORDONED | LifeState.DRAINING:
+            return _leaving(life, at, policy, now)
+        case LifeState.QUARANTINED:
+            return _quarantined(life, at, policy, now)
+        case LifeState.REPAIRING:
+            return _repairing(life, at, policy, now)
+        case LifeState.VALIDATING:
+            return _validating(life, at, policy, now)
+        case LifeState.REPLACE:
+            return _replaced(life, at, policy, now)
+
+
+# ---------------------------------------------------------------------- in service
+
+
+def _in_service(life: Life, at: Situation, policy: TriagePolicy, now: float, room: Room) -> Step | None:
+    need = _most(life, policy, now)
+    if need is not None and (need.action.takes_out or life.works):
+        if life.by_person:
+            life = replace(life, owner=KEEPSTEP)
+        return _out(life, need, at, policy, now, room)
+    if life.state is LifeState.PROBATION and life.due is not None and now >= life.due:
+        hours = policy.deadlines.probation_s / 3600
+        return _step(life, LifeEvent.PROVE, now, f"well for {hours:g} h since it came back")
+    if life.state is not LifeState.SUSPECT:
+        return None
+    if life.due is not None and now >= life.due:
+        hours = policy.deadlines.suspect_s / 3600
+        reason = f"has been suspect for {hours:g} h ({life.reason})"
+        asked = Need(
+            rule="suspect", component="", action=Action.DIAGNOSE, key="suspect", at=now, reason=reason, check=False
+        )
+        return _out(replace(life, needs=(*life.needs, asked)), asked, at, policy, now, room)
+    calm = li.suspicion(life.entries, now, policy.suspicion) < _SERVED * policy.suspicion.out_at
+    if not life.pressing and calm and now - life.since >= policy.hysteresis.cool_down_s:
+        minutes = policy.hysteresis.cool_down_s / 60
+        return _step(life, LifeEvent.CLEAR, now, f"nothing speaks against it any more, for {minutes:g} min")
+    return None
+
+
+def _most(life: Life, policy: TriagePolicy, now: float) -> Need | None:
+    """The most severe need; many watched events are one, too."""
+    if life.pressing:
+        return life.pressing[0]
+    score = li.suspicion(life.entries, now, policy.suspicion)
+    if life.state is LifeState.SUSPECT or score < policy.suspicion.out_at:
+        return None
+    seen = sorted({entry.rule for entry in life.entries if entry.action is Action.WATCH and not entry.blamed})
+    reason = f"suspicion {score:.1f}, from {', '.join(seen)}"
+    action = Action.DIAGNOSE if life.state is LifeState.PROBATION else Action.SUSPECT
+    return Need(
+        rule="suspicion", component="", action=action, key="suspicion", at=now, reason=reason, check=False
+    )
+
+
+def _out(
+    life: Life, need: Need, at: Situation, policy: TriagePolicy, now: float, room: Room
+) -> Step | None:
+    action = need.action
+    if life.state is LifeState.PROBATION and action is Action.SUSPECT:
+        action = Action.DIAGNOSE
+    if life.works:
+        held = room.held(life.node, at.rack, at.job)
+        if held:
+            return Step(life=life, told=f"{need.reason}; {held}", held=True)
+        room.take(at.rack, at.job)
+        life = replace(life, out_job=at.job, out_rack=at.rack)
+    if not action.takes_out:
+        return _step(life, LifeEvent.SUSPECT, now, need.reason, due=now + policy.deadlines.suspect_s)
+    life = replace(life, plan=action, gpus=at.gpus, booted_out=False)
+    if action.drains:
+        due = now if need.at_once else now + policy.deadlines.drain_s
+        return _step(life, LifeEvent.DRAIN, now, need.reason, due=due)
+    return _step(life, LifeEvent.CORDON, now, need.reason, due=now + policy.deadlines.idle_s)
+
+
+# ---------------------------------------------------------------------- on its way out
+
+
+def _leaving(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
+    pressing = life.pressing
+    if pressing and pressing[0].action.severity > life.plan.severity:
+        life = replace(life, plan=pressing[0].action)
+    if life.state is LifeState.DRAINING:
+        if at.idle:
+            return _step(life, LifeEvent.EMPTY, now, f"nothing runs on it any more; {life.reason}", kept=True)
+        sooner = any(need.at_once for need in pressing) and life.due is not None and life.due > now
+        if sooner:
+            return Step(life=replace(life, due=now), told=f"{pressing[0].reason}: its job is ended now")
+        return None if life.by_person else _not_its_fault(life, now)
+    if life.by_person:
+        return None
+    if life.plan.drains and pressing:
+        due = now if pressing[0].at_once else now + policy.deadlines.drain_s
+        return _step(life, LifeEvent.DRAIN, now, pressing[0].reason, due=due)
+    back = _not_its_fault(life, now)
+    if back is not None:
+        return back
+    if at.idle:
+        return _step(life, LifeEvent.EMPTY, now, f"nothing runs on it any more; {life.reason}")
+    if life.due is not None and now >= life.due:
+        days = policy.deadlines.idle_s / 86_400
+        due = now + policy.deadlines.drain_s
+        return _step(life, LifeEvent.DRAIN, now, f"{life.reason}; its job did not end within {days:g} days", due=due)
+    return None
+
+
+def _not_its_fault(life: Life, now: float) -> Step | None:
+    if life.pressing:
+        return None
+    step = _step(life, LifeEvent.CLEAR, now, f"what it was taken out for is gone or not its own: {life.reason}")
+    return replace(step, life=replace(step.life, plan=Action.NOTHING))
+
+
+# ---------------------------------------------------------------------- out of service
+
+
+def _quarantined(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
+    if life.by_person:
+        return None
+    due = now + policy.deadlines.validate_s
+    if life.plan in (Action.NOTHING, Action.DIAGNOSE, Action.SUSPECT):
+        return _step(life, LifeEvent.VALIDATE, now, f"is validated: {life.reason}", due=due)
+    if life.plan is Action.REPLACE:
+        return _step(life, LifeEvent.CONDEMN, now, f"{life.reason}; repairs are over")
+    if life.booted_out:
+        return _step(life, LifeEvent.VALIDATE, now, f"was booted anew meanwhile; {life.reason}", due=due)
+    name = HOOK_OF[life.plan]
+    hook = policy.hooks.get(name)
+    if hook is None:
+        how = f"needs a {name}, and there is no hook for it: do it by hand, then keepstep node validate {life.node}"
+        told = f"{life.reason}; {how}"
+        return None if life.reason.endswith(how) else Step(life=replace(life, reason=told), told=told)
+    key = f"{life.node}/{life.revision}/{name}"
+    repair = Repair(key=key, action=life.plan, at=now, epoch=life.epoch)
+    begun = replace(life, repairs=(*life.repairs, repair)[-li.REPAIRS_MAX :])
+    due = now + hook.within_s * hook.tries + policy.deadlines.return_s
+    return _step(begun, LifeEvent.REPAIR, now, f"{name} begins ({key}); {life.reason}", due=due)
+
+
+def _repairing(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
+    repair = life.repair
+    assert repair is not None
+    name = HOOK_OF[repair.action]
+    if repair.outcome is Outcome.FAILED:
+        return _failed(life, now, f"{name} failed: {repair.text}", policy)
+    back = at.connected and (repair.action is not Action.REBOOT or life.epoch != repair.epoch)
+    if repair.outcome is Outcome.DONE and back:
+        due = now + policy.deadlines.validate_s
+        return _step(life, LifeEvent.REPAIRED, now, f"{name} is done and it reports again", due=due)
+    if life.due is not None and now >= life.due:
+        late = ended(life, Outcome.LATE, "") if repair.outcome is Outcome.BEGUN else life
+        what = "did not come to an end" if repair.outcome is Outcome.BEGUN else "is done, and it does not report"
+        return _failed(late, now, f"{name} {what} in time", policy)
+    return None
+
+
+def _validating(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
+    worse = [need for need in life.pressing if need.at >= life.since and need.action.takes_out]
+    if worse:
+        return _failed(life, now, f"while it was validated: {worse[0].reason}", policy)
+    if at.validated is False:
+        return _failed(life, now, f"its validation failed: {at.why}", policy)
+    if at.validated:
+        clean = replace(life, needs=(), stands={}, plan=Action.NOTHING)
+        reason = f"its validation passed{f': {at.why}' if at.why else ''}"
+        return _step(clean, LifeEvent.PASS, now, reason, due=now + policy.deadlines.probation_s)
+    if life.due is not None and now >= life.due:
+        if life.by_person:
+            return None
+        return _failed(life, now, f"its validation did not come to an end in time{f': {at.why}' if at.why else ''}", policy)
+    return None
+
+
+def _failed(life: Life, now: float, why: str, policy: TriagePolicy) -> Step:
+    """Back to quarantine, for the next repair. Too many of them in a row: for none any more."""
+    plan = _NEXT.get(life.plan, Action.RESET)
+    many = li.repairs_within(life, now, policy.lemon.repairs_s) >= policy.lemon.repairs_max
+    plan = Action.REPLACE if many else plan
+    return _step(replace(life, plan=plan, booted_out=False), LifeEvent.FAIL, now, f"{why}; next: {plan}")
+
+
+def _replaced(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
+    """Other GPUs under the same name: another machine, or a new board."""
+    if not at.connected or not at.gpus or not life.gpus or set(at.gpus) == set(life.gpus):
+        return None
+    fresh = replace(life, entries=(), repairs=(), counts={}, needs=(), stands={}, gpus=at.gpus)
+    due = now + policy.deadlines.validate_s
+    return _step(fresh, LifeEvent.REPLACED, now, "has other GPUs than before: it was replaced", due=due)
+
+
+def ended(life: Life, outcome: Outcome, text: str) -> Life:
+    """The present repair came to something."""
+    assert life.repair is not None
+    last = replace(life.repair, outcome=outcome, text=text)
+    return replace(life, repairs=(*life.repairs[:-1], last))
+
+
+def _step(
+    life: Life, event: LifeEvent, now: float, reason: str, *, due: float | None = None, kept: bool = False
+) -> Step:
+    """`kept`: the owner stays the one that it was."""
+    after = moved(life, event, now, reason, owner=life.owner if kept else KEEPSTEP, due=due)
+    return Step(life=after, told=reason, event=event)
+
