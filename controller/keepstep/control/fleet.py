@@ -13,7 +13,7 @@ from keepstep.control.observed import ObservedTime
 from keepstep.core.durations import COMPUTING_FLOOR_S, HELD_S
 from keepstep.core.errors import TimedOut, Unreachable
 from keepstep.core.ids import Node
-from keepstep.core.states import NODE, NodeEvent, NodeState
+from keepstep.core.states import NODE, LifeState, NodeEvent, NodeState
 from keepstep.store.rows import NodeRow
 from keepstep.wire import messages as wire
 
@@ -45,7 +45,10 @@ class Member:
     pool: str = ""
     slots: int = 0
     state: NodeState = NodeState.READY
-    cordoned: bool = False
+    life: LifeState = LifeState.HEALTHY  # as control.health has it
+    life_why: str = ""
+    drain_s: float | None = None
+    health: wire.HealthStatus | None = None  # as it was last reported; None: its agent has no probes
     confirmed: str = ""
     confirmed_at: float = 0.0
     register: wire.Register | None = None
@@ -89,7 +92,6 @@ class Fleet:
                 pool=row.pool,
                 slots=row.slots,
                 state=NodeState(row.state),
-                cordoned=row.cordoned,
                 heard_at=self.time.now,
             )
 
@@ -120,6 +122,7 @@ class Fleet:
         changed = changed or _carriers(state.snapshots) != _carriers(member.snapshots)
         member.snapshots = state.snapshots
         member.node, member.standbys, member.leaving = state.node, state.standbys, state.leaving
+        member.health = state.health
         keys = frozenset((status.job, status.attempt) for status in state.attempts)
         changed = changed or keys != member.current
         for status in state.attempts:

@@ -18,6 +18,7 @@ from keepstep.control.commit import commit, mark
 from keepstep.control.desired import Carriers, checkpoint_folder, desired, keeps_snapshots
 from keepstep.control.examination import examine
 from keepstep.control.fleet import Fleet, Member, Session
+from keepstep.control.health import Health
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
 from keepstep.core.clock import Clock
@@ -55,6 +56,7 @@ class Controller:
         pools: Iterable[Pool] = (),
         *,
         last_seen_at: float | None = None,
+        health: Health | None = None,
     ) -> None:
         """`last_seen_at`: when the controller before this one last moved its lease (wall time)."""
         self.store, self.clock, self.policy = store, clock, policy
@@ -63,6 +65,7 @@ class Controller:
         self.time = ObservedTime(TICK_S)
         self.fleet = Fleet(self.time)
         self.book = Book(store, self.time)
+        self.health = health or Health(clock)
         self.told = asyncio.Event()  # something new is in the timeline
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -115,6 +118,7 @@ class Controller:
         self.fleet.load(await self.on_store(self.store.nodes))
         for rows in await self.on_store(self.book.read_all):
             self.book.take(rows)
+        self.health.begin(await self.on_store(self.health.load, self.store), self.fleet)
         await self._note_absence()
         self.ready = True
         try:
@@ -160,6 +164,9 @@ class Controller:
         await self._store_events()
         self.fleet.hang_up()
         await self._ask_pools()
+        for _ in range(_ROUNDS_MAX):
+            if not await self.health.look(self.fleet, self.book, self.write):
+                break
         for _ in range(_ROUNDS_MAX):
             view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
             plan = decide(view, self.policy)
@@ -245,11 +252,13 @@ class Controller:
         member = self.fleet.register(register, session)
         intake.resume(self.book, self.fleet, member)
         intake.follow(self.book, self.fleet, member)
+        self.health.hear(member, member.health)
         self.wake()
         return member
 
     def heard(self, member: Member, state: wire.State) -> None:
         changed = self.fleet.hear(member, state)
+        changed = self.health.hear(member, state.health) or changed
         if intake.follow(self.book, self.fleet, member) or changed:
             self.wake()
 
@@ -275,7 +284,7 @@ class Controller:
             with self.store.transaction() as writer:
                 for member, events in news:
                     jobs = {event.job for event in events}
-                    finished = {job for job in jobs - known if _exists(writer, job)}
+                    finished = {job for job in jobs - known if intake.exists(writer, job)}
                     intake.write_events(writer, member, events, known | finished)
 
         async with self._writing:
@@ -315,7 +324,7 @@ class Controller:
                 continue
             if progress.replaying and progress.stepped:
                 progress.replaying = False
-                await self.write(lambda writer, entry=entry: _progressed(writer, entry))  # type: ignore[misc]
+                await self.write(lambda writer, entry=entry: intake.progressed(writer, entry))  # type: ignore[misc]
             entry.steps_done = progress.step
 
     def _ask(self, question: p.Collect) -> None:
@@ -373,24 +382,3 @@ class Controller:
     def _connected(self, node: Node) -> bool:
         member = self.fleet.members.get(node)
         return member is not None and member.talks(self.time)
-
-
-def _exists(writer: Writer, job: str) -> bool:
-    try:
-        return writer.job(job).id == job
-    except KeepstepError:
-        return False
-
-
-def _progressed(writer: Writer, entry: Entry) -> None:
-    row = entry.attempts[-1]
-    text = f"step {entry.progress.step} is new"
-    writer.add_event(
-        NewEvent(
-            kind="progressed",
-            text=text,
-            job=entry.job.id,
-            attempt=row.number,
-            data={"step": entry.progress.step},
-        )
-    )

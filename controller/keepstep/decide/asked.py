@@ -24,7 +24,9 @@ class Wish:
 def granted(life: Life, wish: Wish, policy: TriagePolicy, now: float) -> Life:
     """The life after it; the same one where it is so already. Errors: Refused, with who was first."""
     if wish.verb == "note":
-        return replace(life, notes=(*life.notes, Note(at=now, by=wish.who, text=wish.reason))[-li.NOTES_MAX :])
+        return replace(
+            life, notes=(*life.notes, Note(at=now, by=wish.who, text=wish.reason))[-li.NOTES_MAX :]
+        )
     if wish.revision is not None and wish.revision != life.revision:
         raise Refused(
             f"node {life.node} has changed since you looked at it",
@@ -58,7 +60,9 @@ def _cordon(life: Life, wish: Wish, now: float) -> Life:
     if life.state is LifeState.CORDONED and life.owner == wish.who:
         return life
     if life.state is LifeState.CORDONED and life.owner == KEEPSTEP:
-        taken = replace(life, owner=wish.who, reason=_why(wish), due=None, since=now, revision=life.revision + 1)
+        taken = replace(
+            life, owner=wish.who, reason=_why(wish), due=None, since=now, revision=life.revision + 1
+        )
         return replace(taken, plan=Action.NOTHING)
     if not LIFE.allows(life.state, LifeEvent.CORDON):
         raise _first(life, wish)
@@ -72,13 +76,16 @@ def _drain(life: Life, wish: Wish, policy: TriagePolicy, now: float) -> Life:
         return later if wish.deadline_s is not None or life.owner != wish.who else life
     if not LIFE.allows(life.state, LifeEvent.DRAIN):
         raise _first(life, wish)
-    return moved(replace(life, plan=Action.NOTHING), LifeEvent.DRAIN, now, _why(wish), owner=wish.who, due=due)
+    return moved(
+        replace(life, plan=Action.NOTHING), LifeEvent.DRAIN, now, _why(wish), owner=wish.who, due=due
+    )
 
 
 def _uncordon(life: Life, wish: Wish, now: float) -> Life:
     if life.state is LifeState.HEALTHY:
         raise Refused(
-            f"node {life.node} is not cordoned", why=f"it is healthy{f', {life.reason}' if life.reason else ''}"
+            f"node {life.node} is not cordoned",
+            why=f"it is healthy{f', {life.reason}' if life.reason else ''}",
         )
     if life.state is LifeState.REPAIRING and life.repair and life.repair.outcome is Outcome.BEGUN:
         raise Refused(
@@ -97,7 +104,13 @@ def _validate(life: Life, wish: Wish, policy: TriagePolicy, now: float) -> Life:
         event = LifeEvent.VALIDATE if life.state is LifeState.QUARANTINED else LifeEvent.REPLACED
         return moved(life, event, now, _why(wish), due=due)
     need = Need(
-        rule="asked", component="", action=Action.DIAGNOSE, key="asked", at=now, reason=_why(wish), check=False
+        rule="asked",
+        component="",
+        action=Action.DIAGNOSE,
+        key="asked",
+        at=now,
+        reason=_why(wish),
+        check=False,
     )
     life = replace(life, needs=(*life.needs, need))
     if life.state in (LifeState.CORDONED, LifeState.DRAINING):

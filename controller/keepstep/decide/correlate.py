@@ -69,9 +69,7 @@ def taken_back(life: Life, rule: str, label: str, since: float) -> Life:
         for entry in life.entries
     )
     needs = tuple(
-        replace(need, blamed=label)
-        if need.rule == rule and need.at >= since and not need.blamed
-        else need
+        replace(need, blamed=label) if need.rule == rule and need.at >= since and not need.blamed else need
         for need in life.needs
     )
     return replace(life, entries=entries, needs=tuple(n for n in needs if n.check or not n.blamed))

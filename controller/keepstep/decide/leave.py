@@ -29,7 +29,9 @@ def leave(job: JobView, attempt: AttemptView, view: View, held: Holders, policy:
     if due_s <= 0:
         return _end(job, attempt, going, "the drain's deadline")
     others = {part.node for part in attempt.parts}
-    free = [node.name for node in survey(job, view.nodes, held, attempt.spares).free if node.name not in others]
+    free = [
+        node.name for node in survey(job, view.nodes, held, attempt.spares).free if node.name not in others
+    ]
     if len(free) < len(going):
         if attempt.state is not AttemptState.RUNNING:
             return None  # it comes to its first step meanwhile

@@ -90,6 +90,7 @@ class Life:
     out_at: float | None = None  # when it last left service, and ...
     out_job: JobId | None = None  # ... which job had it
     out_rack: str = ""
+    ticket: str = ""  # that was opened for it
     booted_out: bool = False  # it was booted since then
     counts: Mapping[str, int] = field(default_factory=dict)  # acted upon, of this epoch
     stands: Mapping[str, Action] = field(default_factory=dict)  # checks acted upon that are not over

@@ -83,7 +83,13 @@ def _in_service(life: Life, at: Situation, policy: TriagePolicy, now: float, roo
         hours = policy.deadlines.suspect_s / 3600
         reason = f"has been suspect for {hours:g} h ({life.reason})"
         asked = Need(
-            rule="suspect", component="", action=Action.DIAGNOSE, key="suspect", at=now, reason=reason, check=False
+            rule="suspect",
+            component="",
+            action=Action.DIAGNOSE,
+            key="suspect",
+            at=now,
+            reason=reason,
+            check=False,
         )
         return _out(replace(life, needs=(*life.needs, asked)), asked, at, policy, now, room)
     calm = li.suspicion(life.entries, now, policy.suspicion) < _SERVED * policy.suspicion.out_at
@@ -108,9 +114,7 @@ def _most(life: Life, policy: TriagePolicy, now: float) -> Need | None:
     )
 
 
-def _out(
-    life: Life, need: Need, at: Situation, policy: TriagePolicy, now: float, room: Room
-) -> Step | None:
+def _out(life: Life, need: Need, at: Situation, policy: TriagePolicy, now: float, room: Room) -> Step | None:
     action = need.action
     if life.state is LifeState.PROBATION and action is Action.SUSPECT:
         action = Action.DIAGNOSE
@@ -156,14 +160,18 @@ def _leaving(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Ste
     if life.due is not None and now >= life.due:
         days = policy.deadlines.idle_s / 86_400
         due = now + policy.deadlines.drain_s
-        return _step(life, LifeEvent.DRAIN, now, f"{life.reason}; its job did not end within {days:g} days", due=due)
+        return _step(
+            life, LifeEvent.DRAIN, now, f"{life.reason}; its job did not end within {days:g} days", due=due
+        )
     return None
 
 
 def _not_its_fault(life: Life, now: float) -> Step | None:
     if life.pressing:
         return None
-    step = _step(life, LifeEvent.CLEAR, now, f"what it was taken out for is gone or not its own: {life.reason}")
+    step = _step(
+        life, LifeEvent.CLEAR, now, f"what it was taken out for is gone or not its own: {life.reason}"
+    )
     return replace(step, life=replace(step.life, plan=Action.NOTHING))
 
 
@@ -205,7 +213,9 @@ def _repairing(life: Life, at: Situation, policy: TriagePolicy, now: float) -> S
         return _step(life, LifeEvent.REPAIRED, now, f"{name} is done and it reports again", due=due)
     if life.due is not None and now >= life.due:
         late = ended(life, Outcome.LATE, "") if repair.outcome is Outcome.BEGUN else life
-        what = "did not come to an end" if repair.outcome is Outcome.BEGUN else "is done, and it does not report"
+        what = (
+            "did not come to an end" if repair.outcome is Outcome.BEGUN else "is done, and it does not report"
+        )
         return _failed(late, now, f"{name} {what} in time", policy)
     return None
 
@@ -223,7 +233,12 @@ def _validating(life: Life, at: Situation, policy: TriagePolicy, now: float) -> 
     if life.due is not None and now >= life.due:
         if life.by_person:
             return None
-        return _failed(life, now, f"its validation did not come to an end in time{f': {at.why}' if at.why else ''}", policy)
+        return _failed(
+            life,
+            now,
+            f"its validation did not come to an end in time{f': {at.why}' if at.why else ''}",
+            policy,
+        )
     return None
 
 
@@ -257,4 +272,3 @@ def _step(
     """`kept`: the owner stays the one that it was."""
     after = moved(life, event, now, reason, owner=life.owner if kept else KEEPSTEP, due=due)
     return Step(life=after, told=reason, event=event)
-

@@ -173,7 +173,9 @@ def _find(
     if rule.needs is not None:
         noted = [e for e in _of(look.life, rule, component) if at - e.last <= rule.needs.within_s]
         if sum(entry.count for entry in noted) + count < rule.needs.times:
-            entry = Entry(at=at, last=at, rule=rule.name, component=component, action=Action.NOTHING, count=count)
+            entry = Entry(
+                at=at, last=at, rule=rule.name, component=component, action=Action.NOTHING, count=count
+            )
             look.life = li.remembered(look.life, entry)
             return
     _decide(look, rule, component, at, key, what, check=False)
@@ -241,7 +243,7 @@ def _over(look: _Look, key: str) -> None:
     needs = life.needs
     if life.works or life.state in (LifeState.SUSPECT, LifeState.CORDONED):
         # What has left service is repaired and validated; what has not is looked at as it is now.
-        needs = tuple(need for need in needs if need.key != key or need.action.drains and not life.works)
+        needs = tuple(need for need in needs if need.key != key or (need.action.drains and not life.works))
     look.life = replace(life, stands=stands, excused=life.excused - {key}, needs=needs)
 
 
@@ -272,8 +274,15 @@ def _decide(
         return  # it is on its way out for something as bad: one event, seen from several sides
     look.found.append(
         Found(
-            node=life.node, rule=rule, component=component, action=action, times=times, at=at, key=key,
-            check=check, what=what,
+            node=life.node,
+            rule=rule,
+            component=component,
+            action=action,
+            times=times,
+            at=at,
+            key=key,
+            check=check,
+            what=what,
         )  # fmt: skip
     )
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from keepstep.core.ids import JobId, Node
 from keepstep.core.rules import TriagePolicy
-from keepstep.core.states import LifeState
 from keepstep.decide.breaker import Room, Sizes
 from keepstep.decide.correlate import Sighting, blame, left_over, taken_back
 from keepstep.decide.life import Life
@@ -102,16 +101,10 @@ class Ward:
 
     def _file(self, life: Life, now: float) -> None:
         lately = life.out_at is not None and now - life.out_at <= self.policy.bounds.soon_s
-        watched = self._watched(life)
-        if life.plain and not lately and not watched:
+        if life.plain and not lately:
             self.busy.discard(life.node)
         else:
             self.busy.add(life.node)
-
-    @staticmethod
-    def _watched(life: Life) -> bool:
-        """Whether the suspicion against it may be enough."""
-        return any(entry.action == "watch" and not entry.blamed for entry in life.entries)
 
     # ------------------------------------------------------------ reports
 
@@ -130,7 +123,12 @@ class Ward:
     def _found(self, looked: Looked, found: Found, at: Situation, now: float) -> None:
         bounds = self.policy.correlation
         sighting = Sighting(
-            at=found.at, node=found.node, component=found.component, rule=found.rule.name, job=at.job, rack=at.rack
+            at=found.at,
+            node=found.node,
+            component=found.component,
+            rule=found.rule.name,
+            job=at.job,
+            rack=at.rack,
         )
         blamed = blame(sighting, found.rule, (*self.recent, *looked.sightings), bounds)
         looked.sightings.append(sighting)
@@ -192,7 +190,3 @@ def _urgency(life: Life) -> tuple[int, float, str]:
     pressing = life.pressing
     severity = -pressing[0].action.severity if pressing else 0
     return severity, pressing[0].at if pressing else 0.0, life.node
-
-
-def out_of_service(lives: Iterable[Life]) -> Iterable[Life]:
-    return (life for life in lives if life.state not in (LifeState.HEALTHY, LifeState.PROBATION))

@@ -29,7 +29,20 @@ _SECTIONS: Mapping[str, type[Any]] = {
     "deadlines": r.Deadlines,
 }
 _KNOWN = ("rules", "hooks", *_SECTIONS)
-_RULE = ("name", "xid", "sxid", "on", "level", "class", "actions", "within", "needs", "at_once", "obeys", "why")
+_RULE = (
+    "name",
+    "xid",
+    "sxid",
+    "on",
+    "level",
+    "class",
+    "actions",
+    "within",
+    "needs",
+    "at_once",
+    "obeys",
+    "why",
+)
 _SHARES = {"share", "share_soon"}
 _PLACES = {"node", "action", "reason", "key"}  # what a hook's command may name in braces
 
@@ -69,9 +82,7 @@ class _Reader:
         known = {rule.name for rule in over.rules}
         first = tuple(rule for rule in own if rule.name not in known)
         kept = tuple(replaced.get(rule.name, rule) if rule.name in names else rule for rule in over.rules)
-        sections = {
-            name: self._section(getattr(over, name), data.get(name), (name,)) for name in _SECTIONS
-        }
+        sections = {name: self._section(getattr(over, name), data.get(name), (name,)) for name in _SECTIONS}
         hooks = {**over.hooks, **self._hooks(data.get("hooks") or {})}
         return r.TriagePolicy(rules=(*first, *kept), hooks=hooks, **sections)
 
@@ -106,7 +117,7 @@ class _Reader:
         if not (xids or sxids or signals) and len(self.problems) == before:
             self._wrong(path, "the rule takes nothing", next="Give it `xid`, `sxid` or `on`.")
         actions = self._each(value.get("actions"), (*path, "actions"), self._action)
-        rule = {
+        rule: dict[str, Any] = {
             "name": self._check(scalars.some_text, value.get("name", "?"), (*path, "name")),
             "of": self._word(r.Class, value.get("class", "gpu"), (*path, "class")),
             "level": self._one_of(("warn", "bad"), value.get("level", "bad"), (*path, "level")),
@@ -119,7 +130,11 @@ class _Reader:
             rule["within_s"] = self._seconds(value["within"], (*path, "within"))
         if len(self.problems) > before:
             return None
-        takes = {"xids": frozenset(xids), "sxids": frozenset(sxids), "signals": frozenset(signals)}
+        takes: dict[str, Any] = {
+            "xids": frozenset(xids),
+            "sxids": frozenset(sxids),
+            "signals": frozenset(signals),
+        }
         return r.Rule(**rule, **takes, actions=tuple(actions))
 
     def _needs(self, value: Any, path: Path) -> r.Needs | None:
@@ -150,7 +165,9 @@ class _Reader:
     def _signal(self, value: Any, path: Path) -> str | None:
         if value in r.SIGNALS:
             return str(value)
-        self._wrong(path, f"no check or event is called {shown(value)}", next=did_you_mean(str(value), r.SIGNALS))
+        self._wrong(
+            path, f"no check or event is called {shown(value)}", next=did_you_mean(str(value), r.SIGNALS)
+        )
         return None
 
     def _action(self, value: Any, path: Path) -> r.Action | None:
@@ -270,7 +287,13 @@ class _Reader:
                 self._wrong((*path, name), "no such field", next=did_you_mean(str(name), known), at_key=True)
 
     def _wrong(
-        self, path: Path, what: str, *, why: str = "", next: str = "", at_key: bool = False  # noqa: A002
+        self,
+        path: Path,
+        what: str,
+        *,
+        why: str = "",
+        next: str = "",
+        at_key: bool = False,
     ) -> None:
         self.problems.append(Problem(path=path, what=what, why=why, next=next, at_key=at_key))
 

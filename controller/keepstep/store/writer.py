@@ -208,9 +208,7 @@ class Writer(Reader):
             self._update(tables.nodes, tables.nodes.c.name == name, values, f"no node {name}")
         return self.node(name)
 
-    def save_life(
-        self, node: str, *, state: str, owner: str, reason: str, revision: int, data: Any
-    ) -> None:
+    def save_life(self, node: str, *, state: str, owner: str, reason: str, revision: int, data: Any) -> None:
         row = {
             "node": node, "state": state, "owner": owner, "reason": reason, "revision": revision,
             "changed_at": self.now, "data": data,

@@ -10,8 +10,8 @@ from keepstep.core.states.node import NODE, NodeEvent, NodeState
 __all__ = [
     "ATTEMPT",
     "CELL",
-    "INCIDENT",
     "HELD",
+    "INCIDENT",
     "JOB",
     "LIFE",
     "NODE",
