@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -20,6 +21,7 @@ from fastapi import FastAPI
 
 from keepstep.api.app import build
 from keepstep.api.service import Service
+from keepstep.control.health import Health
 from keepstep.control.loop import Controller
 from keepstep.control.requests import Principal, want
 from keepstep.core.clock import Clock, SystemClock
@@ -50,6 +52,7 @@ class Settings:
     nodes: int = 1  # of the local pool
     slots: int = 0  # of each; 0: as many as GPUs, else processors
     return_after_s: float = 30.0  # a lost local node's way back
+    health_policy: Path | None = None  # over keepstep's own
     idle_exit_s: float | None = None  # None: stays up without jobs and clients
 
 
@@ -59,12 +62,14 @@ def serve(settings: Settings) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     settings.home.make()
     clock = SystemClock()
+    health = Health(clock, settings.health_policy)
     store = Store.open(settings.store_url or f"sqlite:///{settings.home.store_file}", clock=clock)
     try:
         last_seen_at = store.lease().beat_at
         store.acquire(this_process())
         listener = _listen(settings)
-        controller = Controller(store, clock, Policy(), _pools(settings, clock), last_seen_at=last_seen_at)
+        pools = _pools(settings, clock)
+        controller = Controller(store, clock, Policy(), pools, last_seen_at=last_seen_at, health=health)
         return asyncio.run(_serve(settings, controller, listener))
     finally:
         store.close()
@@ -75,6 +80,7 @@ async def _serve(settings: Settings, controller: Controller, listener: socket.so
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: controller.begin(_reload(controller)))
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     service = Service(
         version=version("keepstep"),
@@ -114,6 +120,14 @@ async def _serve(settings: Settings, controller: Controller, listener: socket.so
         controller.store.release()
     withdraw(settings.home)
     return code
+
+
+async def _reload(controller: Controller) -> None:
+    """SIGHUP. A policy that cannot be used is logged, and the old one stays."""
+    try:
+        await controller.reload_policy("SIGHUP")
+    except KeepstepError as problem:
+        log.error("the policy on node health stays as it was: %s", problem)
 
 
 def _server(app: FastAPI) -> uvicorn.Server:

@@ -1,6 +1,7 @@
 """keepstep up and down: the controller of this machine."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from keepstep.cli.options import Output, Yes, confirm
 from keepstep.cli.render import emit
 from keepstep.core.errors import InputError
 from keepstep.core.home import find_home
+from keepstep.spec.rules import load_rules
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -23,6 +25,9 @@ def up(
     ] = 0,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0: any that is free.")] = 0,
+    health_policy: Annotated[
+        str, typer.Option("--health-policy", help="Policy on node health, over keepstep's own.")
+    ] = "",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds until it must answer.")] = 60.0,
     output: Output = "name",
 ) -> None:
@@ -35,7 +40,10 @@ def up(
         if not least <= value <= most:
             raise InputError(f"{value} is not within {least} and {most}", where=option)
     home = find_home()
-    options = service.Options(nodes=nodes, slots=slots, host=host, port=port)
+    policy = str(Path(health_policy).absolute()) if health_policy else ""
+    if policy:
+        load_rules(Path(policy))  # says what is wrong with it before anything is started
+    options = service.Options(nodes=nodes, slots=slots, host=host, port=port, health_policy=policy)
     started = service.start(home, options, within_s=timeout)
     running = started.running
     if started.fresh:

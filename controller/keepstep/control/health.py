@@ -1,8 +1,8 @@
 """Looks after the nodes: reports of their health in, their lives written down, repairs begun.
 
-Deciding is `keepstep.decide.ward`; here is what it needs of the world. **Health time** is what lives count by:
-the controller's monotonic seconds, carried on over restarts in the store. Between two controllers it moves by
-what the wall clock says, never backwards and never more than a day, so a clock that jumps changes little.
+Deciding is `keepstep.decide.ward`; here is what it needs of the world. **Health time** is what lives count
+by: the controller's monotonic seconds, carried on over restarts in the store. Between two controllers it moves
+by what the wall clock says, never backwards and never more than a day, so a clock that jumps changes little.
 """
 
 import logging
@@ -95,7 +95,9 @@ class Health:
         """Keep the newest report. True if it should be looked at now."""
         if status is None or member.pool == "run":
             return False
-        quiet = not status.checks and member.name not in self.ward.streaks and member.name in self._known
+        life = self.ward.life(member.name)
+        open_ = life.stands or life.excused or member.name in self.ward.streaks
+        quiet = not status.checks and not open_ and member.name in self._known
         counts = tuple((f.kind, f.code, f.component, f.count) for f in status.faults)
         gist = status.epoch, counts
         if quiet and gist == self._seen.get(member.name):
@@ -128,7 +130,8 @@ class Health:
             ),
             faults=tuple(
                 Counted(
-                    kind=f.kind, code=f.code, component=f.component, count=f.count, age_s=f.last_age_s, text=f.text
+                    kind=f.kind, code=f.code, component=f.component, count=f.count, age_s=f.last_age_s,
+                    text=f.text,
                 )
                 for f in status.faults
             ),

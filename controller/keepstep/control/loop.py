@@ -24,6 +24,7 @@ from keepstep.control.picture import draw
 from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.core.ids import Attempt, JobId, Node, Step
+from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import NODE, NodeState
 from keepstep.core.states.table import UnknownTransition
 from keepstep.decide import plan as p
@@ -98,6 +99,13 @@ class Controller:
         self.tell()
         self.wake()
         return result
+
+    async def reload_policy(self, who: str) -> TriagePolicy:
+        """Errors: InputError, and the old policy on node health stays in force."""
+        found = self.health.reload()
+        text = f"{who} had the policy on node health read anew: {found.source}"
+        await self.write(lambda writer: writer.add_event(NewEvent(kind="policy", text=text, principal=who)))
+        return found
 
     async def refresh(self, job: JobId) -> None:
         """Read a job again after something was written for it."""

@@ -1,4 +1,4 @@
-"""What people ask of the controller: submit, steer, confirm a loss. Writes the wish; the cycle does the rest."""
+"""What people ask of the controller: submit, steer, confirm a loss. The wish is written; the cycle acts."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -31,7 +31,7 @@ def granted(life: Life, wish: Wish, policy: TriagePolicy, now: float) -> Life:
         raise Refused(
             f"node {life.node} has changed since you looked at it",
             why=f"it is {standing(life)}",
-            next=f"Look again with `keepstep node describe {life.node}`, then repeat it if you still want to.",
+            next=f"Look with `keepstep node describe {life.node}`, then repeat it if you still want to.",
         )
     match wish.verb:
         case "cordon":
@@ -127,5 +127,5 @@ def _first(life: Life, wish: Wish) -> Refused:
     return Refused(
         f"node {node} cannot be asked to {wish.verb}: it is already {life.state}",
         why=f"{life.owner} was first{f': {life.reason}' if life.reason else ''}",
-        next=f"`keepstep node history {node}` shows who and why; `keepstep node note {node} TEXT` adds to it.",
+        next=f"`keepstep node history {node}` shows who and why; `keepstep node note {node} TEXT` adds.",
     )

@@ -1,11 +1,12 @@
 """One node's life as it is remembered: where it stands, why, and what was already acted upon.
 
-Everything in a `Life` is stored, so that neither a controller's nor an agent's restart acts twice: counts of
-faults by what they were when they were acted upon, checks that stand, needs that are not met yet. Moments are
-**health time**: seconds that controllers watched (`keepstep.control.health`), never the wall clock, so a clock
-that is set back or forth changes nothing.
+Everything in a `Life` is stored, so that neither a controller's nor an agent's restart acts twice: counts
+of faults by what they were when they were acted upon, checks that stand, needs that are not met yet. Moments
+are **health time**: seconds that controllers watched (`keepstep.control.health`), never the wall clock, so a
+clock that is set back or forth changes nothing.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -130,16 +131,18 @@ def moved(
     """The next state by the table. Errors: UnknownTransition."""
     state = LIFE.next(life.state, event)
     left = life.works and state not in WORKING
+    # What stands after a repair is found anew, and for the next time.
+    stands = {} if state is LifeState.VALIDATING else life.stands
     return replace(
-        life, state=state, since=now, owner=owner, reason=reason, due=due, revision=life.revision + 1,
-        out_at=now if left else life.out_at,
+        life, stands=stands, state=state, since=now, owner=owner, reason=reason, due=due,
+        revision=life.revision + 1, out_at=now if left else life.out_at,
     )  # fmt: skip
 
 
 def suspicion(entries: Iterable[Entry], now: float, rule: Suspicion) -> float:
     """Each watched event weighs one, and less with time; what was somebody else's fault weighs nothing."""
-    return sum(
-        0.5 ** ((now - entry.last) / rule.half_life_s)
+    return math.fsum(
+        2.0 ** -((now - entry.last) / rule.half_life_s)
         for entry in entries
         if entry.action is Action.WATCH and not entry.blamed
     )
@@ -150,9 +153,9 @@ _WEIGHTS = {Action.RESTART: 0.25, Action.SUSPECT: 0.25, Action.DIAGNOSE: 0.5, Ac
 
 def lemon(entries: Iterable[Entry], now: float, rule: Lemon) -> float:
     """How much a node has cost lately. A reset, a reboot or a replacement weighs one, lesser things less."""
-    return sum(
+    return math.fsum(
         _WEIGHTS.get(entry.action, 1.0 if entry.action.drains else 0.0)
-        * 0.5 ** ((now - entry.at) / rule.half_life_s)
+        * 2.0 ** -((now - entry.at) / rule.half_life_s)
         for entry in entries
         if not entry.blamed
     )

@@ -1,7 +1,7 @@
 """The next step of a node's life: what it needs, what is on it, what its repair and its validation came to.
 
-`advance` looks at levels only and makes at most one step of `core.states.LIFE` at a time, so it may be asked as
-often as one likes and after any restart. What a person has taken out only a person brings back.
+`advance` looks at levels only and makes at most one step of `core.states.LIFE` at a time, so it may be asked
+as often as one likes and after any restart. What a person has taken out only a person brings back.
 """
 
 from dataclasses import dataclass, replace
@@ -191,7 +191,7 @@ def _quarantined(life: Life, at: Situation, policy: TriagePolicy, now: float) ->
     name = HOOK_OF[life.plan]
     hook = policy.hooks.get(name)
     if hook is None:
-        how = f"needs a {name}, and there is no hook for it: do it by hand, then keepstep node validate {life.node}"
+        how = f"needs a {name}, for which there is no hook: do it, then keepstep node validate {life.node}"
         told = f"{life.reason}; {how}"
         return None if life.reason.endswith(how) else Step(life=replace(life, reason=told), told=told)
     key = f"{life.node}/{life.revision}/{name}"

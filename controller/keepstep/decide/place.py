@@ -1,10 +1,10 @@
 """Who runs where: whole nodes, all of a gang or nothing of it, and always an answer why not.
 
 A node serves one job at a time. Nodes are taken in a stable order: first those the job ran on (at the same
-node rank), then those that stand by or are warm for it, then by name. Cordoned, silent and lost nodes are
-never taken (nor any whose life says that they get no new work), nor nodes on which something of an ended attempt still lives; attached nodes serve their own job
-only. Spares are whole nodes, too, named in the attempt and kept warm; a gang starts without them when there
-are none.
+node rank), then those that stand by or are warm for it, then by name. Silent and lost nodes are never
+taken, nor those that are out of service (`core.states.life`), nor nodes on which something of an ended
+attempt still lives; attached nodes serve their own job only. Spares are whole nodes, too, named in the
+attempt and kept warm; a gang starts without them when there are none.
 
 Jobs are served by priority, then by age. A later job may use what an earlier one cannot, until that one has
 waited for `hold_after_s`; from then on nodes are held for it, so that no stream of small jobs starves it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from keepstep.core.ids import JobId, Node
 from keepstep.core.rules import BY_NUMBER, Action, Class, Rule, TriagePolicy
-from keepstep.core.states import LifeState
+from keepstep.core.states import HELD, LifeState
 from keepstep.decide import life as li
 from keepstep.decide.life import Entry, Life, Need
 
@@ -222,6 +222,9 @@ def _stands(look: _Look, check: Standing) -> None:
     rule = look.policy.rule(check.name)
     if rule is None or (rule.level == "bad" and check.level != "bad") or look.life.state in _DEAF:
         return
+    settles = look.now - look.life.since < look.policy.hysteresis.burst_gap_s
+    if look.life.state is LifeState.VALIDATING and settles:
+        return  # as it was before the repair: probes look again soon
     obeyed = rule.obeys.get(int(check.value)) if rule.obeys else None
     action = obeyed or rule.actions[0]
     before = look.life.stands.get(check.key)
@@ -258,7 +261,7 @@ def _decide(
     earlier = [
         entry for entry in _of(life, rule, component)
         if entry.action is not Action.NOTHING and not entry.blamed and at - entry.last <= rule.within_s
-        and (life.works or life.out_at is None or entry.at < life.out_at)
+        and (life.state not in HELD or life.out_at is None or entry.at < life.out_at)
     ]  # fmt: skip
     times = len(earlier) + 1
     action = rule.actions[min(times, len(rule.actions)) - 1]
@@ -269,7 +272,7 @@ def _decide(
     if action.takes_out and rule.of is not Class.APPLICATION and action is not Action.REPLACE:
         worn = _worn_out(life, policy, look.now)
         action, what = (Action.REPLACE, f"{what}; {worn}") if worn else (action, what)
-    going = life.pressing[0].action.severity if life.pressing and not life.works else 0
+    going = life.pressing[0].action.severity if life.pressing and life.state in HELD else 0
     if action is Action.NOTHING or action.severity <= going:
         return  # it is on its way out for something as bad: one event, seen from several sides
     look.found.append(
@@ -283,7 +286,7 @@ def _decide(
             key=key,
             check=check,
             what=what,
-        )  # fmt: skip
+        )
     )
 
 

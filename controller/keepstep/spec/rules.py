@@ -1,7 +1,7 @@
 """Reads the policy on node health. Everything that is wrong is told at once, each with its line.
 
-The shipped file (`triage.yaml`) is read by the same code as an operator's own, which is laid over it: rules of
-the same name are replaced, others come first, settings are replaced one by one.
+The shipped file (`triage.yaml`) is read by the same code as an operator's own, which is laid over it: rules
+of the same name are replaced, others come first, settings are replaced one by one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -292,7 +292,7 @@ class _Reader:
         what: str,
         *,
         why: str = "",
-        next: str = "",
+        next: str = "",  # noqa: A002 - as everywhere
         at_key: bool = False,
     ) -> None:
         self.problems.append(Problem(path=path, what=what, why=why, next=next, at_key=at_key))

@@ -1,17 +1,15 @@
-"""The life of a node as hardware: from well to suspect to proven well again, beside its connection's (`node`).
+"""The life of a node as hardware: from well to suspect to proven well again. Its connection's is `node`.
 
 Each state has an owner, a deadline and a way back:
 
-| state | who gets it on | until | then |
-|---|---|---|---|
-| suspect | triage | its evidence is gone for good, or `suspect_within` | healthy, or it is cordoned to be validated |
-| cordoned | its job, which ends; or the person who did it | `idle_within`; a person's has none | quarantined, or drained |
-| draining | the job, which moves when a spare stands by | the drain's deadline: the job is ended then | quarantined |
-| quarantined | the repair that is next; a person where no hook does it | at once, or a person | repairing, validating, replace |
-| repairing | the repair's hook | the hook's `within` and `return_within` | validating, or the next repair |
-| validating | a job of keepstep's own on the node | `validate_within` | probation, or the next repair |
-| probation | time: it works again, and is looked at more strictly | `probation` | healthy |
-| replace | a person or the hook `ticket` | another machine, or a person's word | validating |
+    suspect      triage's; cleared when its evidence is gone for good, validated after `suspect`
+    cordoned     its job's, which ends by itself, or is drained after `idle`; a person's has no deadline
+    draining     its job's, which moves when a spare stands by, and is ended at the drain's deadline
+    quarantined  the next repair's; a person's, where no hook can do it
+    repairing    the hook's, for its own time and `return`; then validated, or the next repair
+    validating   a small job of keepstep's own, for `validate`; then probation, or the next repair
+    probation    time's: it works, and is looked at more strictly; healthy after `probation`
+    replace      a person's, or the hook `ticket`'s; validated when another machine has come
 
 A person may uncordon in any of them.
 """
