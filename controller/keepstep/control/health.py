@@ -1,7 +1,7 @@
 """Looks after the nodes: reports of their health in, their lives written down, repairs begun.
 
 Deciding is `keepstep.decide.ward`; here is what it needs of the world. **Health time** is what lives count
-by: the controller's monotonic seconds, carried on over restarts in the store. Between two controllers it moves
+by: the controller's monotonic seconds, carried on over restarts in the store. Between controllers it moves
 by what the wall clock says, never backwards and never more than a day, so a clock that jumps changes little.
 """
 

@@ -138,14 +138,19 @@ def _out(life: Life, need: Need, at: Situation, policy: TriagePolicy, now: float
 
 def _leaving(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
     pressing = life.pressing
-    if pressing and pressing[0].action.severity > life.plan.severity:
+    graver = bool(pressing) and pressing[0].action.severity > life.plan.severity and not life.by_person
+    if graver:
         life = replace(life, plan=pressing[0].action)
+    # An empty node has time: until then others may show that it was not its fault.
+    settled = life.by_person or now - life.since >= policy.correlation.within_s
     if life.state is LifeState.DRAINING:
-        if at.idle:
+        if at.idle and settled:
             return _step(life, LifeEvent.EMPTY, now, f"nothing runs on it any more; {life.reason}", kept=True)
         sooner = any(need.at_once for need in pressing) and life.due is not None and life.due > now
         if sooner:
             return Step(life=replace(life, due=now), told=f"{pressing[0].reason}: its job is ended now")
+        if graver:
+            return Step(life=replace(life, reason=pressing[0].reason), told=pressing[0].reason)
         return None if life.by_person else _not_its_fault(life, now)
     if life.by_person:
         return None
@@ -155,7 +160,7 @@ def _leaving(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Ste
     back = _not_its_fault(life, now)
     if back is not None:
         return back
-    if at.idle:
+    if at.idle and settled:
         return _step(life, LifeEvent.EMPTY, now, f"nothing runs on it any more; {life.reason}")
     if life.due is not None and now >= life.due:
         days = policy.deadlines.idle_s / 86_400
@@ -182,6 +187,8 @@ def _quarantined(life: Life, at: Situation, policy: TriagePolicy, now: float) ->
     if life.by_person:
         return None
     due = now + policy.deadlines.validate_s
+    if life.needs and not life.pressing:
+        life = replace(life, plan=Action.NOTHING)  # it was not its fault after all
     if life.plan in (Action.NOTHING, Action.DIAGNOSE, Action.SUSPECT):
         return _step(life, LifeEvent.VALIDATE, now, f"is validated: {life.reason}", due=due)
     if life.plan is Action.REPLACE:

@@ -75,6 +75,7 @@ class Found:
     key: str
     check: bool
     what: str  # "XID 48 on GPU-1f"
+    count: int = 1
 
     @property
     def reason(self) -> str:
@@ -117,6 +118,7 @@ def needed(life: Life, found: Found, *, blamed: str = "", job: JobId | None = No
     text = found.reason[:_TEXT_MAX]
     entry = Entry(
         at=found.at, last=found.at, rule=found.rule.name, component=found.component, action=found.action,
+        count=found.count,
         blamed=blamed, text=text, job=job, rack=rack,
     )  # fmt: skip
     life = li.remembered(life, entry)
@@ -178,7 +180,7 @@ def _find(
             )
             look.life = li.remembered(look.life, entry)
             return
-    _decide(look, rule, component, at, key, what, check=False)
+    _decide(look, rule, component, at, key, what, check=False, count=count)
 
 
 def _same_burst(look: _Look, rule: Rule, component: str, at: float, count: int) -> bool:
@@ -255,7 +257,7 @@ def _over(look: _Look, key: str) -> None:
 
 def _decide(
     look: _Look, rule: Rule, component: str, at: float, key: str, what: str, *, check: bool,
-    obeyed: Action | None = None,
+    obeyed: Action | None = None, count: int = 1,
 ) -> None:  # fmt: skip
     life, policy = look.life, look.policy
     earlier = [
@@ -286,6 +288,7 @@ def _decide(
             key=key,
             check=check,
             what=what,
+            count=count,
         )
     )
 
