@@ -23,6 +23,7 @@ from keepstep.api.app import build
 from keepstep.api.service import Service
 from keepstep.control.health import Health
 from keepstep.control.loop import Controller
+from keepstep.control.repair import Command, Means, Repairs, Webhook
 from keepstep.control.requests import Principal, want
 from keepstep.core.clock import Clock, SystemClock
 from keepstep.core.errors import Fenced, InputError, KeepstepError
@@ -69,7 +70,13 @@ def serve(settings: Settings) -> int:
         store.acquire(this_process())
         listener = _listen(settings)
         pools = _pools(settings, clock)
-        controller = Controller(store, clock, Policy(), pools, last_seen_at=last_seen_at, health=health)
+        ways: dict[str, Means] = {
+            "command": Command(settings.home.path / "repairs", clock),
+            "webhook": Webhook(clock),
+        }
+        controller = Controller(
+            store, clock, Policy(), pools, last_seen_at=last_seen_at, health=health, repairs=Repairs(ways)
+        )
         return asyncio.run(_serve(settings, controller, listener))
     finally:
         store.close()

@@ -21,6 +21,8 @@ from keepstep.control.fleet import Fleet, Member, Session
 from keepstep.control.health import Health
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
+from keepstep.control.repair import Repairs
+from keepstep.control.wards import Wards
 from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.core.ids import Attempt, JobId, Node, Step
@@ -58,6 +60,7 @@ class Controller:
         *,
         last_seen_at: float | None = None,
         health: Health | None = None,
+        repairs: Repairs | None = None,
     ) -> None:
         """`last_seen_at`: when the controller before this one last moved its lease (wall time)."""
         self.store, self.clock, self.policy = store, clock, policy
@@ -76,6 +79,7 @@ class Controller:
         self._events: list[tuple[Member, Session, wire.Events]] = []
         self._started = 0.0
         self._key = secrets.token_bytes(32)
+        self.wards = Wards(self.health, self.fleet, repairs or Repairs({}), self.write, self.begin)
         self._trouble, self._mismatches = "", 0
         self.ready = False
         self._beaten = 0.0
@@ -175,6 +179,7 @@ class Controller:
         for _ in range(_ROUNDS_MAX):
             if not await self.health.look(self.fleet, self.book, self.write):
                 break
+        self.wards.reconcile()
         for _ in range(_ROUNDS_MAX):
             view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
             plan = decide(view, self.policy)

@@ -177,7 +177,7 @@ def _not_its_fault(life: Life, now: float) -> Step | None:
     step = _step(
         life, LifeEvent.CLEAR, now, f"what it was taken out for is gone or not its own: {life.reason}"
     )
-    return replace(step, life=replace(step.life, plan=Action.NOTHING))
+    return replace(step, life=replace(step.life, plan=Action.NOTHING, out_at=None))  # it never left
 
 
 # ---------------------------------------------------------------------- out of service
