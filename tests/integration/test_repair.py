@@ -63,7 +63,9 @@ def test_a_controller_that_is_killed_in_the_middle_has_it_done_once(tmp_path: Pa
     hook = writes(tmp_path, f"while [ ! -e {go} ]; do sleep 0.05; done")
     controller = f"""
 import asyncio; from pathlib import Path
-from keepstep.control.repair import *; from keepstep.core.clock import SystemClock; from keepstep.core.rules import Hook
+from keepstep.control.repair import *
+from keepstep.core.clock import SystemClock
+from keepstep.core.rules import Hook
 home = Path({str(tmp_path)!r})
 asyncio.run(Command(home / "repairs", SystemClock()).carry_out(
     Order(key="b/7/reset/1", node="b", action="r", reason=""), Hook(command={hook.command!r}, within_s=20.0)))

@@ -1,4 +1,4 @@
-"""Every row of the XID table, and what must not be taken for it. Time is virtual, the policy the shipped one."""
+"""Every row of the XID table, and what is none of it. Time is virtual, the policy the shipped one."""
 
 from dataclasses import replace
 

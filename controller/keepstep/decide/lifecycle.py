@@ -22,6 +22,7 @@ _NEXT = {
     Action.REBOOT: Action.REPLACE,
     Action.REPLACE: Action.REPLACE,
 }
+_SUMMED = ("suspicion", "suspect")  # needs that come of many events
 _SERVED = 0.5  # a suspicion is over at this share of what it took
 
 
@@ -118,6 +119,9 @@ def _out(life: Life, need: Need, at: Situation, policy: TriagePolicy, now: float
     action = need.action
     if life.state is LifeState.PROBATION and action is Action.SUSPECT:
         action = Action.DIAGNOSE
+    compared = bool(at.rack or at.job) and need.key not in _SUMMED
+    if compared and not action.drains and now - need.at < policy.correlation.within_s:
+        return None  # no hurry: until then others may show that it is not its fault
     if life.works:
         held = room.held(life.node, at.rack, at.job)
         if held:
