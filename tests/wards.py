@@ -24,7 +24,7 @@ def xid(
 
 
 def check(name: str, component: str = "GPU-1", level: str = "bad", value: float = 0.0) -> Standing:
-    return Standing(name=name, component=component, level=level, value=value)
+    return Standing(name=name, component=component, level=level, value=value, for_s=60.0)
 
 
 @dataclass

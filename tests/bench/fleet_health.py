@@ -44,6 +44,7 @@ from keepstep.spec.rules import load_rules
 
 RACK, JOB = 32, 1500
 SHOWN_WITHIN_S = 600.0
+SAMPLED_S = 5.0  # one sample of a sensor stands in as many reports
 # Cause -> how often in 419, how it shows, what repairs it. "": nothing that a probe sees, or no node's fault.
 MIX: dict[str, tuple[int, tuple[str, ...], str]] = {
     "faulty GPU": (148, ("xid 79", "check gpu.lost", "xid 62", "xid 95", "check gpu.hung"), "reboot"),
@@ -67,6 +68,7 @@ class Machine:
     epoch: int = 1
     counts: Counter[tuple[str, int, str]] = field(default_factory=Counter)
     checks: set[str] = field(default_factory=set)
+    since: dict[str, float] = field(default_factory=dict)
     silent: bool = False
     needs: str = ""  # what repairs it: it is sick until then
     sick_at: float | None = None
@@ -152,7 +154,11 @@ class World:
             Counted(kind=kind, code=code, component=part, count=n)
             for (kind, code, part), n in machine.counts.items()
         )
-        checks = tuple(Standing(name=name, component="GPU-0") for name in sorted(machine.checks))
+        machine.since = {name: machine.since.get(name, self.now) for name in machine.checks}
+        checks = tuple(
+            Standing(name=name, component="GPU-0", for_s=self.now - since)
+            for name, since in sorted(machine.since.items())
+        )
         return Report(epoch=f"boot-{machine.epoch}", checks=checks, faults=faults)
 
     def where(self, node: Node) -> Situation:
@@ -272,7 +278,7 @@ def fault(world: World, machine: Machine, cause: str) -> None:
         machine.needs = "validation"
     elif kind == "silent":
         machine.silent = True
-    world.reports(machine.name, 3)
+    world.reports(machine.name, 40)
     if needs == "time":
         world.at(world.now + 3600.0, lambda: (world.well(machine), world.reports(machine.name, 8))[1])
 
@@ -321,7 +327,7 @@ def noise(world: World) -> None:
             ("gpu.temperature", "network.link_down", "gpu.lost", "host.disk_space", "gpu.pcie_width")
         )
         for _ in range(chance.choice((1, 3, 60, 600))):
-            began += chance.uniform(3, 8)
+            began += SAMPLED_S * chance.uniform(2, 5)
             flap(world, machine, check, began)
     for _ in range(int(60 * scale)):  # floods of XID 45
         machine, began = world.machines[chance.choice(names)], chance.uniform(0, end)
@@ -339,8 +345,8 @@ def flap(world: World, machine: Machine, check: str, when: float) -> None:
     def up() -> None:
         if not machine.needs:
             machine.checks.add(check)
-            world.reports(machine.name)
-            world.at(world.now + 1.0, down)
+            world.reports(machine.name, int(SAMPLED_S))
+            world.at(world.now + SAMPLED_S, down)
 
     def down() -> None:
         if not machine.needs:

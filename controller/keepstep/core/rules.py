@@ -78,6 +78,7 @@ class Rule:
     sxids: frozenset[int] = frozenset()
     signals: frozenset[str] = frozenset()  # of SIGNALS
     level: Literal["warn", "bad"] = "bad"  # a check must stand at this at least
+    stands_s: float = 0.0  # a check's own age: more than one sample, where it is sampled seldom
     of: Class
     actions: tuple[Action, ...]  # the first time, the second, ...; the last one for all that follow
     within_s: float = 7 * 86_400.0  # how long a time counts

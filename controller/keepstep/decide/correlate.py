@@ -90,7 +90,9 @@ def left_over(lives: Iterable[Life], bounds: Correlation, now: float) -> Mapping
         for life in those:
             before = changed.get(life.node, life)
             needs = tuple(
-                replace(need, blamed="") if (need.blamed, need.rule) == (label, rule) else need
+                replace(need, blamed="", alone=True, at=now)
+                if (need.blamed, need.rule) == (label, rule)
+                else need
                 for need in before.needs
             )
             changed[life.node] = replace(before, needs=needs)

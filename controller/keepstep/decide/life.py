@@ -50,6 +50,7 @@ class Need:
     check: bool  # evidence that can be looked at again
     at_once: bool = False
     blamed: str = ""
+    alone: bool = False  # it was blamed on others, who are well again
 
 
 class Outcome(StrEnum):

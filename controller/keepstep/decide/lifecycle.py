@@ -93,6 +93,8 @@ def _in_service(life: Life, at: Situation, policy: TriagePolicy, now: float, roo
             check=False,
         )
         return _out(replace(life, needs=(*life.needs, asked)), asked, at, policy, now, room)
+    if life.needs and not life.pressing:
+        return _not_its_fault(life, now)
     calm = li.suspicion(life.entries, now, policy.suspicion) < _SERVED * policy.suspicion.out_at
     if not life.pressing and calm and now - life.since >= policy.hysteresis.cool_down_s:
         minutes = policy.hysteresis.cool_down_s / 60
@@ -120,7 +122,7 @@ def _out(life: Life, need: Need, at: Situation, policy: TriagePolicy, now: float
     if life.state is LifeState.PROBATION and action is Action.SUSPECT:
         action = Action.DIAGNOSE
     compared = bool(at.rack or at.job) and need.key not in _SUMMED
-    if compared and not action.drains and now - need.at < policy.correlation.within_s:
+    if compared and (need.alone or not action.drains) and now - need.at < policy.correlation.within_s:
         return None  # no hurry: until then others may show that it is not its fault
     if life.works:
         held = room.held(life.node, at.rack, at.job)

@@ -30,6 +30,7 @@ class Standing:
     level: str = "bad"
     value: float = 0.0
     text: str = ""
+    for_s: float = 0.0
 
     @property
     def key(self) -> str:
@@ -207,6 +208,9 @@ def _checks(look: _Look, checks: tuple[Standing, ...], streaks: Mapping[str, int
     limits, after = look.policy.hysteresis, {}
     standing = {check.key: check for check in checks}
     for key, check in standing.items():
+        rule = look.policy.rule(check.name)
+        if rule is not None and check.for_s < rule.stands_s and key not in look.life.stands:
+            continue  # one sample so far, told in several reports
         after[key] = min(max(streaks.get(key, 0), 0) + 1, limits.bad)
         if after[key] >= limits.bad and key not in look.life.excused:
             _stands(look, check)

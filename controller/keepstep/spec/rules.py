@@ -35,6 +35,7 @@ _RULE = (
     "sxid",
     "on",
     "level",
+    "stands",
     "class",
     "actions",
     "within",
@@ -126,6 +127,8 @@ class _Reader:
             "needs": self._needs(value.get("needs"), (*path, "needs")),
             "obeys": self._obeys(value.get("obeys"), (*path, "obeys")),
         }
+        if "stands" in value:
+            rule["stands_s"] = self._seconds(value["stands"], (*path, "stands"))
         if "within" in value:
             rule["within_s"] = self._seconds(value["within"], (*path, "within"))
         if len(self.problems) > before:
