@@ -29,8 +29,8 @@ demo: setup ## a gang that trains while ranks and a node are killed under it
 test: setup ## the quick suites: a few minutes
 	$(PYTEST) $(wildcard $(QUICK:%=tests/%)) -m "not slow"
 
-test-slow: setup $(VENV)/.peers ## what `make test` leaves out: slow ones and e2e
-	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) tests/e2e)
+test-slow: setup $(VENV)/.peers $(VENV)/.ray ## what `make test` leaves out: slow ones and e2e
+	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) tests/e2e --durations=25)
 	$(PYTEST) tests --ignore=tests/e2e -m slow || test $$? -eq 5  # 5: there are none
 
 test-all: test test-slow ## every suite
@@ -93,6 +93,11 @@ $(VENV)/.peers: $(VENV)/.installed requirements/peers.txt
 	$(UV) pip install --quiet --no-deps --require-hashes -r requirements/peers.txt
 	@touch $@
 
+# A Ray cluster for the pool's tests, and Ray Train beside keepstep.
+$(VENV)/.ray: $(VENV)/.peers requirements/ray.txt
+	$(UV) pip install --quiet --no-deps --require-hashes -r requirements/ray.txt
+	@touch $@
+
 # Hashes of everything, and the addresses of nothing. PyTorch and what only it needs for CUDA stand apart.
 
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -113,5 +118,10 @@ requirements: $(VENV)/.uv ## resolve the hashed requirement files anew (newest: 
 		requirements/build.in -c requirements/dev.txt -c requirements/torch.txt -o requirements/all.txt
 	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
 		requirements/dev.txt requirements/torch.txt requirements/all.txt > requirements/peers.txt
+	@# And what only Ray needs.
+	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra dev --extra peers --extra ray-tests pyproject.toml \
+		requirements/build.in -c requirements/dev.txt -c requirements/torch.txt -c requirements/peers.txt -o requirements/all.txt
+	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
+		requirements/dev.txt requirements/torch.txt requirements/peers.txt requirements/all.txt > requirements/ray.txt
 	rm requirements/all.txt
 	echo uv | $(UV) $(COMPILE) $(UPGRADE) - -o requirements/uv.txt

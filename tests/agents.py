@@ -7,7 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -176,8 +176,15 @@ class Controller:
 class Agent:
     """One agent process in a folder; it can be ended and started again."""
 
-    def __init__(self, folder: Path, endpoint: Path, *options: str, node: str = "a") -> None:
-        self.folder, self.node = folder, node
+    def __init__(
+        self,
+        folder: Path,
+        endpoint: Path,
+        *options: str,
+        node: str = "a",
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.node, self._env = folder, node, {**ENV, **(env or {})}
         self._command = [
             sys.executable, "-m", "keepstep.agent", "--dir", str(folder), "--node", node,
             "--endpoint-file", str(endpoint), "--slots", "8", *options,
@@ -187,7 +194,7 @@ class Agent:
 
     def start(self) -> None:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, env=ENV, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self._command, env=self._env, stdout=log, stderr=log)
 
     @property
     def pid(self) -> int:
@@ -216,12 +223,12 @@ class Agent:
 
 @asynccontextmanager
 async def controlled(
-    folder: Path, *options: str, start: bool = True, node: str = "a"
+    folder: Path, *options: str, start: bool = True, node: str = "a", env: Mapping[str, str] | None = None
 ) -> AsyncIterator[tuple[Controller, Agent]]:
     """A controller and a registered agent; afterwards nothing of either is left."""
     controller = Controller(folder)
     await controller.open()
-    agent = Agent(folder / f"agent-{node}", controller.endpoint, *options, node=node)
+    agent = Agent(folder / f"agent-{node}", controller.endpoint, *options, node=node, env=env)
     try:
         if start:
             agent.start()

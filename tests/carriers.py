@@ -66,9 +66,9 @@ class Node:
         """rank, attempt, step, own"""
         return {(rank, a, s, own) for rank, _, a, s, own in self.ask(do="held")["held"]}
 
-    def meet(self, *others: "Node", buddy: str = "", key: str = "s") -> None:
+    def meet(self, *others: "Node", buddy: str = "", key: str = "s", bytes_max: int | None = None) -> None:
         addresses = {other.name: ["127.0.0.1", other.port] for other in others}
-        self.ask(do="peers", addresses=addresses, buddy=buddy, secret=key, bytes_max=None)
+        self.ask(do="peers", addresses=addresses, buddy=buddy, secret=key, bytes_max=bytes_max)
 
     def prepare(
         self, attempt: int, parents: dict[int, tuple[int, int]], ranks: list[int], *, world: int,
@@ -130,7 +130,7 @@ def agree(*ranks: Slots) -> None:
     """The reduction of one step."""
     said = [slots.says for slots in ranks]
     for slots in ranks:
-        slots.heard((min(says[0] for says in said), min(says[1] for says in said)))
+        slots.heard((min(s[0] for s in said), min(s[1] for s in said), min(s[2] for s in said)))
 
 
 def protect(*ranks: Slots, step: int) -> None:

@@ -20,7 +20,7 @@ from keepstep.core.home import Home, Running, running_controller
 from keepstep.spec import load, to_dict
 
 Json = dict[str, Any]
-_POLL_S = 0.02
+_POLL_S = 0.1  # more would take the processors from what is waited for
 WITHIN_S = 240.0  # far more than anything takes, on a machine that is busy with other things
 
 

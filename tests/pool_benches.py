@@ -1,14 +1,17 @@
 """What the suite needs to know of each pool: how its nodes come up, are lost, and are known to be lost."""
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from cluster import Cluster
+from keepstep.cli.rayed import RayOptions
+from ray_cluster import RayCluster
 
 
 class Bench(Protocol):
@@ -81,9 +84,53 @@ class Static:
         self.cluster.close()
 
 
+class OnRay:
+    """Two nodes of a Ray cluster, which the pool knows by their label; a lost one comes back as a new one."""
+
+    pool = "ray"
+
+    def __init__(self, folder: Path, ray: RayCluster) -> None:
+        self.ray = ray
+        home = folder / "home"
+        here = RayOptions(
+            address=ray.address, resource=ray.resource, labels=("bench=contract",), folder=str(home / "nodes")
+        )
+        for node in ("a", "b"):
+            if not ray.nodes().get(node):
+                ray.add(node, 2, bench="contract")
+        self.cluster = Cluster(home, nodes=0, slots=2, ray=here)
+        self.cluster.until(lambda: set(self.known()) >= {"a", "b"}, "two nodes to be known")
+
+    def known(self) -> list[str]:
+        return [node["name"] for node in self.cluster.client.get("/nodes")["nodes"]]
+
+    def lose(self, node: str) -> None:
+        """The whole machine, as far as this one can: its raylet, its actors, and all that is keepstep's."""
+        actor = next(one for one in self.ray.actors() if one["node"] == node)
+        self.ray.kill(node)
+        os.kill(actor["pid"], signal.SIGKILL)
+        self.cluster.lose_node(node)
+
+    def bring_back(self, node: str) -> None:
+        pass  # its actor does
+
+    def close(self) -> None:
+        self.cluster.close()
+        assert not self.ray.actors()
+        assert not self.ray.groups()
+
+
 @contextmanager
-def bench(pool: str, folder: Path) -> Iterator[Bench]:
-    made = Local(folder) if pool == "local" else Static(folder)
+def bench(pool: str, folder: Path, ray: Callable[[], RayCluster]) -> Iterator[Bench]:
+    """`ray`: the cluster that all tests share, started by the first one that asks."""
+    made: Local | Static | OnRay
+    match pool:
+        case "local":
+            made = Local(folder)
+        case "static":
+            made = Static(folder)
+        case _:
+            made = OnRay(folder, ray())
     try:
         yield made
     finally:

@@ -5,8 +5,8 @@
 The production triage, breaker and life cycle decide (`keepstep.decide.ward`, the shipped policy, hooks for
 reset and reboot); the world is made up by a generator that knows nothing of them. Faults come with the mix
 that stopped the Llama 3 405B run, 62 a day for as many nodes; what no probe can see (silent data corruption,
-watchdog time-outs, software) makes no node sick here. Noise beside them: sensors that are wrong for one sample,
-once or for an hour; floods of XID 45; exceptions of a job's own code; agents that restart and tell all
+watchdog time-outs, software) makes no node sick here. Noise beside them: sensors that are wrong for one
+sample, once or for an hour; floods of XID 45; exceptions of a job's own code; agents that restart and tell all
 again; controllers that restart; a rack that loses power. A sensor that is wrong in two samples in a row is
 taken at its word, as the policy says, and is no noise here. The checker counts by itself.
 
@@ -280,7 +280,8 @@ def fault(world: World, machine: Machine, cause: str) -> None:
         machine.silent = True
     world.reports(machine.name, 40)
     if needs == "time":
-        world.at(world.now + 3600.0, lambda: (world.well(machine), world.reports(machine.name, 8))[1])
+        world.at(world.now + 3600.0, lambda: world.well(machine))
+        world.at(world.now + 3600.0, lambda: world.reports(machine.name, 8))
 
 
 def blunder(world: World) -> None:

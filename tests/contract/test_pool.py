@@ -2,21 +2,24 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from keepstep.core.errors import Refused
 from pool_benches import Bench, bench
+from ray_cluster import RayCluster
 from specs import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # whole jobs through the life of a pool
 
 
-@pytest.fixture(params=["local", "static"])
-def on(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    with bench(request.param, tmp_path) as made:
+@pytest.fixture(params=["local", "static", "ray"])
+def on(
+    request: pytest.FixtureRequest, tmp_path: Path, ray_cluster: Callable[[], RayCluster]
+) -> Iterator[Bench]:
+    with bench(request.param, tmp_path, ray_cluster) as made:
         yield made
 
 

@@ -55,3 +55,26 @@ run:
     assert all(rank["warm"] for rank in cluster.ranks(job).values()), cluster.story(job)
     known = [json.loads(path.read_bytes()) for path in node.glob("learnt/*.json")]
     assert not ahead or any(ahead in record["modules"] for record in known)
+
+
+@pytest.mark.parametrize("peer", ["hf_snapshots", "lightning_snapshots"])
+def test_a_library_goes_on_from_memory(cluster: Cluster, tmp_path: Path, peer: str) -> None:
+    """One rank is killed in the middle of an epoch: the weights come out as if nothing had happened."""
+    job = cluster.submit(f"""
+name: {peer.replace("_", "-")}
+resources: {{nodes: 1, gpus_per_node: 2}}
+run:
+  command: [{sys.executable}, {SCRIPTS / peer}.py, "40", "21", {tmp_path}]
+  workdir: {tmp_path}
+  ship: none
+checkpoint: {{snapshot_every: 1 step}}
+""")
+    told = cluster.wait_state(job, "succeeded", "failed")
+    assert told["state"] == "succeeded", cluster.story(job)
+    assert told["attempt"]["number"] == 2
+    [log] = cluster.home.nodes.glob(f"*/jobs/{job}/2/rank-0.log")
+    began, done, total, undisturbed = re.findall(
+        r"began at (\d+), done at (\d+): (\S+), undisturbed (\S+)", log.read_text()
+    )[0]
+    assert (began, done) == ("20", "40")
+    assert total == undisturbed

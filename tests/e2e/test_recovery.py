@@ -200,6 +200,7 @@ def test_a_job_ends_when_its_owner_wants(start: Start, verb: str) -> None:
     cluster.client.post(f"/jobs/{job}/{verb}", {"reason": "test"})
     cluster.wait_state(job, {"cancel": "cancelled", "suspend": "suspended"}[verb])
     assert not [pid for pid, line in cluster.left_behind().items() if "keepstep.llama" in line]
+    assert "is in memory only" not in cluster.story(job), "its ranks have saved what they had"
     if verb == "suspend":
         cluster.client.post(f"/jobs/{job}/resume")
         cluster.wait_step(job, 4, attempt=2)

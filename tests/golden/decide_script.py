@@ -5,9 +5,11 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
 
     policy NAME=VALUE ...           bounds of the operator
     up SECONDS                      since this controller took its term (100 unless said)
-    node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering= away reset cordoned back
-               life= drain= because=]
-    job ID [script] [nodes= gpus= dp= pp= spares= min_dp= priority= fenced ...] [state= wanted= wait= queued=]
+    node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering=]
+                [away reset leaving cordoned back] [life= drain= by= because=]
+                [label=KEY:VALUE for=JOB]  one job's
+    job ID [script] [nodes= gpus= labels= dp= pp= spares= min_dp= priority= fenced ...]
+                     [state= wanted= wait= queued=]
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
@@ -22,8 +24,10 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     lineage 1 2<1@60 3<2@70!69 ...  attempt 2 began from attempt 1's step 60; 3 is good until step 69
     failure [age= blame= attempt= step= signature= node= rank= exit_code= error=]
     stored [1@60 ...] [from= after= error=]    what a node found in the checkpoint folder
-    kept NODE [own] WORLD R@A.S ...   in a node's memory: ranks R of a gang of WORLD, attempt A, step S
-                                    (ranks 0-3; without own: buddies' copies); `kept NODE` alone: nothing
+    kept NODE [own] [stale] WORLD R@A.S ...   in a node's memory: ranks R of a gang of WORLD, attempt A, step
+                                    (ranks 0-3; without own: buddies' copies; stale: said before the end);
+                                    `kept NODE` alone: nothing
+    saving A@S [age= done error=]   what was asked to be stored from memory, and what came of it
     newest STEP                     the newest checkpoint that the last attempt is known to have written
     asked NODE=AGE ...
     moment SECONDS KIND [attempt= slots= spare_slots= incident= seconds=]
@@ -64,6 +68,7 @@ from keepstep.decide.decide import decide
 from keepstep.decide.restore import memory_point, protected_step, restore_point
 from keepstep.decide.silence import Silence
 from keepstep.decide.view import (
+    RESERVED_FOR,
     Asked,
     AttemptView,
     Ended,
@@ -81,6 +86,7 @@ from keepstep.decide.view import (
     RankPhase,
     RankView,
     Recorded,
+    Saving,
     Stored,
     View,
     Wanted,
@@ -109,12 +115,18 @@ def spec_of(name: str, said: Words) -> JobSpec:
         name=name,
         priority=number("priority", 0),
         resources=Resources(
-            nodes=number("nodes", 2), gpus_per_node=number("gpus", 2), spares=number("spares", 0)
+            nodes=number("nodes", 2),
+            gpus_per_node=number("gpus", 2),
+            spares=number("spares", 0),
+            labels=dict([said["labels"].split(":", 1)]) if "labels" in said else {},
         ),
         parallelism=layout,
         elastic=Elastic(min_dp=number("min_dp", layout.dp)),
         run=run,
-        checkpoint=Checkpoint(dir=None if "script" in said else "/checkpoints"),
+        checkpoint=Checkpoint(
+            dir=None if "script" in said and "dir" not in said else "/checkpoints",
+            snapshot_every_steps=int(said["snapshots"]) if "snapshots" in said else None,
+        ),
         recovery=Recovery(
             fenced="fenced" in said,
             self_fence_s=seconds("self_fence", 30.0),
@@ -161,7 +173,7 @@ class Scene:
         self.up_s = float(flags[0])
 
     def on_node(self, flags: list[str], said: Words) -> None:
-        marks = {"away", "reset", "left", "cordoned", "back"}
+        marks = {"away", "reset", "leaving", "left", "cordoned", "back"}
         for name in [flag for flag in flags if flag not in marks]:
             node = self.nodes.get(name) or NodeView(name=Node(name), pool="local", slots=2, ready_s=100.0)
             if "back" in said:
@@ -373,7 +385,7 @@ class Scene:
 
     def on_kept(self, flags: list[str], _: Words) -> None:
         node, own = Node(flags[0]), "own" in flags
-        words = [flag for flag in flags[1:] if flag != "own"]
+        words = [flag for flag in flags[1:] if flag not in {"own", "stale"}]
         found = [one for one in self.now.kept if one.node != node or (words and one.own != own)]
         world = int(words[0]) if words else 0
         for word in words[1:]:
@@ -382,10 +394,15 @@ class Scene:
             attempt, _dot, step = stamp.partition(".")
             found += [
                 Kept(rank=Rank(rank), world=world, attempt=Attempt(int(attempt)), step=Step(int(step)),
-                     node=node, own=own)
+                     node=node, own=own, fresh="stale" not in flags)
                 for rank in range(int(first), int(last or first) + 1)
             ]  # fmt: skip
         self.jobs[self.job] = replace(self.now, kept=tuple(found))
+
+    def on_saving(self, flags: list[str], said: Words) -> None:
+        at, age_s = _stored(flags[0]), float(said.get("age", 0))
+        saving = Saving(at=at, age_s=age_s, done="done" in said, error=said.get("error", ""))
+        self.jobs[self.job] = replace(self.now, saving=saving)
 
     def on_newest(self, flags: list[str], _: Words) -> None:
         self.jobs[self.job] = replace(self.now, checkpoint_step=int(flags[0]))
@@ -479,14 +496,18 @@ _NODE: dict[str, Callable[[str], tuple[str, Any]]] = {
     "confirmed": lambda text: ("confirmed", text),
     "attached": lambda text: ("attached", JobId(text)),
     "warm": lambda text: ("warm_for", frozenset(map(JobId, text.split(",")))),
+    "label": lambda text: ("labels", dict([text.split(":", 1)])),
+    "for": lambda text: ("labels", {RESERVED_FOR: text}),
     "lingering": lambda text: ("lingering", frozenset(map(JobId, filter(None, text.split(","))))),
     "away": lambda _: ("connected", False),
     "reset": lambda _: ("reset", True),
+    "leaving": lambda _: ("leaving", True),
     "left": lambda _: ("left", True),
     "cordoned": lambda _: ("life", LifeState.CORDONED),
     "life": lambda word: ("life", LifeState(word)),
     "drain": lambda word: ("drain_s", float(word)),
     "because": lambda word: ("life_why", word),
+    "by": lambda word: ("life_by", word),
 }
 _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {
     "state": ("state", JobState),
@@ -495,6 +516,7 @@ _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {
     "queued": ("queued_s", float),
     "reason": ("reason", str),
     "attached": ("attached", Node),
+    "steps_done": ("steps_done", int),
     "attempts": ("attempts", lambda text: Attempt(int(text))),
 }
 _ATTEMPT: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -565,6 +587,9 @@ def _what(change: p.JobChange) -> str:  # noqa: C901, PLR0912 - one case a chang
             return f"wait, {change.due_s:g} s"
         case p.Collect():
             return f"COLLECT {change.kind} from {change.node} within {change.within_s:g} s"
+        case p.Save():
+            holders = " ".join(",".join(nodes) for nodes in change.memory.holders)
+            return f"SAVE {change.at.attempt}@{change.at.step} from {holders} within {change.within_s:g} s"
         case p.Find():
             sure = f"{change.verdict.confidence:.0%} sure"
             return f"FIND {change.verdict.kind} in attempt {change.attempt}, {sure}"

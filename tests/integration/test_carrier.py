@@ -23,6 +23,7 @@ from carriers import (
 )
 from keepstep.agent.rank import processes
 from keepstep.core import snapshots
+from keepstep.core.cadence import STEPS_MAX
 from keepstep.core.errors import Refused
 from keepstep.core.snapshots import Stamp
 
@@ -114,6 +115,31 @@ def test_many_ranks_share_one_way_to_the_buddy(pair: list[Node]) -> None:
     until(lambda: copies <= b.held(), "the copies of all four")
 
 
+def test_all_ranks_keep_the_same_steps_however_much_it_costs_one_of_them(pair: list[Node]) -> None:
+    a, b = pair
+    ranks = [a.slots(0, world=2, attempt=1), b.slots(1, world=2, attempt=1)]
+    for step in (1, 2):
+        agree(*ranks)
+        assert [slots.due(step) for slots in ranks] == [True, True]
+        assert all(take(slots, step) for slots in ranks)
+    ranks[1].stalled(10.0)
+    agree(*ranks)
+    assert [slots.due(3) for slots in ranks] == [False, False]
+    assert [slots.due(2 + STEPS_MAX) for slots in ranks] == [True, True]
+
+
+def test_the_carrier_tells_what_sending_takes(pair: list[Node]) -> None:
+    a, b = pair
+    slots = a.slots(0, world=2, attempt=1)
+    agree(slots)
+    assert take(slots, 1)
+    protect(slots, step=1)
+    until(lambda: snapshots.read_send(slots._memory) > 0, "its word")
+    b.kill()
+    a.meet(a)
+    until(lambda: snapshots.read_send(slots._memory) == 0, "nobody to send to")
+
+
 def test_what_is_not_sealed_is_not_overwritten(pair: list[Node]) -> None:
     a, b = pair
     b.kill()  # rank 0's buddy takes nothing
@@ -124,6 +150,17 @@ def test_what_is_not_sealed_is_not_overwritten(pair: list[Node]) -> None:
         if slots.says[0] < 0 and take(slots, step):
             taken.append(step)
     assert taken == [1, 2, 3]
+
+
+def test_a_buddy_without_memory_is_none(pair: list[Node]) -> None:
+    """A rank goes on, and is not held up by copies that nobody can keep."""
+    a, b = pair
+    b.meet(a, b, bytes_max=1 << 20)
+    slots = a.slots(0, world=2, attempt=1)
+    agree(slots)
+    assert take(slots, 1)
+    protect(slots, step=1)
+    assert b.held() == set()
 
 
 def test_a_corrupt_slot_is_refused_and_the_copy_is_used(pair: list[Node]) -> None:

@@ -86,5 +86,39 @@ def test_a_buddy_is_of_another_replica_and_serves_one(nodes: int, dp: int, tp: i
         assert mine.isdisjoint(theirs)
 
 
-def test_a_gang_on_one_node_has_no_buddies() -> None:
+def test_a_gang_on_one_node_has_no_buddies_but_a_spare() -> None:
     assert buddies([Node("a")], Layout(dp=2)) == {}
+    assert buddies([Node("a")], Layout(dp=2), [Node("s"), Node("t")]) == {"a": "s"}
+
+
+@given(
+    nodes=st.integers(1, 8),
+    dp=st.sampled_from([1, 2, 4]),
+    tp=st.sampled_from([2, 8]),
+    spares=st.integers(0, 9),
+)
+def test_whichever_node_is_lost_every_rank_is_left(nodes: int, dp: int, tp: int, spares: int) -> None:
+    """Spares are used before nodes of the gang are, none keeps copies for two, and nobody for itself."""
+    layout = Layout(dp=dp, tp=tp)
+    gang = [Node(f"n{k}") for k in range(nodes) if layout.world_size % nodes == 0] or [Node("n0")]
+    idle = [Node(f"s{k}") for k in range(spares)]
+    found = buddies(gang, layout, idle)
+    assert len(set(found.values())) == len(found)
+    assert all(node != buddy for node, buddy in found.items())
+    assert len({buddy for buddy in found.values() if buddy in idle}) == min(len(idle), len(gang))
+    if len(gang) + len(idle) > 1:
+        for lost in (*gang, *idle):
+            for k, node in enumerate(gang):
+                holders = {node, found[node]} - {lost}
+                assert holders, f"ranks {local_ranks(layout.world_size, len(gang), k)} went with {lost}"
+
+
+def test_spares_serve_those_first_whose_buddy_is_of_their_own_replica() -> None:
+    layout = Layout(dp=2, tp=3)  # three nodes of two ranks: every node shares a replica with a neighbour
+    gang = [Node("a"), Node("b"), Node("c")]
+    alone, helped = buddies(gang, layout), buddies(gang, layout, [Node("s")])
+    [served] = [node for node in gang if helped[node] == "s"]
+    places = {
+        node: {layout.coordinates(rank).dp for rank in local_ranks(6, 3, k)} for k, node in enumerate(gang)
+    }
+    assert places[served] & places[alone[served]]

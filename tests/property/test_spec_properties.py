@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepstep.core.errors import InputError
+from keepstep.core.ids import Rank
 from keepstep.core.job import Batch, CommandRun, JobSpec, LlamaRun, Resources
 from keepstep.core.layout import Layout, local_ranks
 from keepstep.spec import PRESETS, from_dict, load, nearest_layouts, paths, rank_map, to_dict
@@ -152,7 +153,8 @@ def test_ranks_and_coordinates_are_one_to_one(layout: Layout) -> None:
 def test_groups_and_nodes_share_out_all_ranks(layout: Layout, nodes: int) -> None:
     everyone = list(range(layout.world_size))
     for dimension in ("dp", "pp", "cp", "tp"):
-        assert sorted(rank for group in layout.groups(dimension) for rank in group) == everyone
+        groups = {layout.group(dimension, Rank(rank)) for rank in everyone}
+        assert sorted(rank for group in groups for rank in group) == everyone
     if layout.world_size % nodes == 0:
         assert [
             rank for node in range(nodes) for rank in local_ranks(layout.world_size, nodes, node)

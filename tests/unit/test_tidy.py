@@ -23,6 +23,7 @@ OWN_CLOCK = (
     "controller/keepstep/core/beacon.py",
     "agents/keepstep/agent/rank/",
     "agents/keepstep/agent/hook/",
+    "agents/keepstep/agent/probes/storage/trial.py",
     "trainer/keepstep/",
 )
 CLOCKS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keepstep.agent.main import run_agent
 from keepstep.agent.settings import AgentSettings
-from keepstep.core.errors import KeepstepError
+from keepstep.core.errors import InputError, KeepstepError
 
 
 def parse(arguments: list[str] | None = None) -> AgentSettings:
@@ -34,6 +34,11 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         help="at most for one rank's snapshots [half of what is free]",
     )
     add("--attached", action="store_true", help="belongs to a terminal: when it goes, its ranks go")
+    add(
+        "--leash",
+        action="store_true",
+        help="belongs to who holds its standard input's other end: when that closes, its ranks go at once",
+    )
     add("--drain", action="store_true", help="end the ranks before leaving")
     add(
         "--standby",
@@ -49,6 +54,23 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
     add(
         "--exit-when-orphaned", type=float, metavar="SECONDS", help="without controller and ranks for so long"
     )
+    add("--no-probes", action="store_true", help="do not look after this node's health")
+    add("--kernel-log", default="/dev/kmsg", metavar="FILE", help="or '' for none [/dev/kmsg]")
+    add("--metrics", metavar="[ADDRESS:]PORT", help="serve /metrics there [not at all; address: 127.0.0.1]")
+    add(
+        "--driver-call",
+        type=float,
+        default=3.0,
+        metavar="SECONDS",
+        help="a GPU driver's call that takes longer hangs",
+    )
+    add(
+        "--driver-trial",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="until a GPU that hangs is tried again",
+    )
     given = parser.parse_args(arguments)
     gpus = None if given.gpus is None else tuple(filter(None, given.gpus.split(",")))
     labels = dict(label.split("=", 1) for label in given.label if "=" in label)
@@ -57,13 +79,25 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         "dir": given.dir, "controllers": tuple(given.controller), "endpoint_file": given.endpoint_file,
         "token_file": given.token_file, "pool": given.pool, "role": given.role, "slots": given.slots,
         "gpus": gpus, "labels": labels, "address": given.address, "interface": given.interface,
-        "attached": given.attached, "drain": given.drain, "exit_when_orphaned_s": given.exit_when_orphaned,
+        "attached": given.attached, "leash": given.leash, "drain": given.drain,
+        "exit_when_orphaned_s": given.exit_when_orphaned,
         "standby_bytes_max": memory, "standby_context": given.standby_context,
         "standby_linger_s": given.standby_linger,
         "standby_processes": None if given.standby == "auto" else given.standby == "processes",
-        "snapshot_bytes": given.snapshot_bytes,
+        "snapshot_bytes": given.snapshot_bytes, "probes": not given.no_probes,
+        "kernel_log": Path(given.kernel_log) if given.kernel_log else None,
+        "metrics": None if given.metrics is None else _address(given.metrics),
+        "driver_call_s": given.driver_call, "driver_trial_s": given.driver_trial,
     }  # fmt: skip
     return AgentSettings(**values) if given.node is None else AgentSettings(node=given.node, **values)
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Errors: InputError."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"--metrics {text!r} is no address", next="Write a port, or ADDRESS:PORT.")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def main(arguments: list[str] | None = None) -> int:

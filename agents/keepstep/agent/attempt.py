@@ -374,6 +374,7 @@ class Attempt:
                     self._evidence.get(state.rank),
                     self.pulses.ranks.get(state.rank),
                     now_ns,
+                    self._around.gpu_of(self._slots, state.local_rank),
                 )
                 for state in self._states
             ),

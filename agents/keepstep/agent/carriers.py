@@ -20,10 +20,12 @@ from keepstep.agent.carrier.__main__ import LOG, STATE
 from keepstep.agent.carrier.server import SOCKET
 from keepstep.agent.folder import Folder
 from keepstep.agent.rank import lines, processes
+from keepstep.core.checkpoints import Point, folder_name
 from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, Refused, TimedOut, Unreachable
+from keepstep.core.ids import Attempt, Step
 from keepstep.core.layout import Layout
-from keepstep.wire.messages import Held, Launch, SnapshotStatus
+from keepstep.wire.messages import Held, Keep, Launch, SnapshotStatus
 
 _log = logging.getLogger("keepstep.agent")
 _RETRY_S = 0.02
@@ -32,6 +34,7 @@ _ANSWER_S = 5.0
 _PREPARE_S = 240.0  # states of many gigabytes come from other nodes
 _REFRESH_S = 1.0
 _LOOK_S = 2.0  # of which a death may be late
+For = Launch | Keep  # whom a carrier is for: ranks here, or ranks elsewhere
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class _Carrier:
     seen: dict[str, Any] = field(default_factory=dict)  # its last answer
     told: dict[str, Any] = field(default_factory=dict)  # where its peers are
     trouble: str = ""
+    after: int = 0  # of the attempt whose end was known when it was looked at
     one: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -60,10 +64,10 @@ class Carriers:
 
     # ---------------------------------------------------------------- for an attempt
 
-    async def prepare(self, launch: Launch, address: str) -> None:
+    async def prepare(self, launch: For, address: str) -> None:
         """What this attempt's ranks will need of earlier ones is here, if there is a carrier.
 
-        Errors: KeepstepError when a state that is to be restored from memory cannot be had.
+        Errors: KeepstepError when a state that is to be restored by way of memory cannot be had.
         """
         if not launch.secret:
             return
@@ -71,30 +75,37 @@ class Carriers:
         request = {
             "do": "prepare", "attempt": launch.attempt, "world": launch.world_size,
             "ranks": list(launch.ranks), "lineage": [list(branch) for branch in launch.lineage],
-            "memory": _memory(launch),
+            "memory": _memory(launch), "saved": _saved(launch),
         }  # fmt: skip
         try:
             await self._ensure(carrier)
             await self._meet(carrier, launch)
             await self._ask(carrier, request, within_s=_PREPARE_S)
         except KeepstepError as error:
-            if launch.memory is not None:
+            if launch.memory is not None or _saved(launch):
                 raise
             self._trouble(launch.job, carrier, str(error))
 
-    def adopt(self, launch: Launch, address: str) -> None:
+    async def keep(self, wanted: Keep, address: str) -> None:
+        """A carrier on a node that runs no rank of it: copies, or what others restore, are here."""
+        try:
+            await self.prepare(wanted, address)
+        except KeepstepError as error:
+            self._trouble(wanted.job, self._of(wanted.job, address), str(error))
+
+    def adopt(self, launch: For, address: str) -> None:
         """Ranks of an attempt that an earlier agent has started: where another carrier would listen."""
         if launch.secret:
             self._of(launch.job, address)
 
-    async def begin(self, launch: Launch, address: str) -> None:
+    async def begin(self, launch: For, address: str) -> None:
         """Start it, while other things are prepared that take longer."""
         if launch.secret:
             carrier = self._of(launch.job, address)
             with suppress(KeepstepError):  # said by `prepare`
                 await self._ensure(carrier)
 
-    async def meet(self, launch: Launch) -> None:
+    async def meet(self, launch: For) -> None:
         """Tell it where its peers are now, and who is its buddy."""
         carrier = self._known.get(launch.job)
         if carrier is None or not launch.secret:
@@ -104,8 +115,11 @@ class Carriers:
         except KeepstepError as error:
             _log.warning("the carrier of %s: %s", launch.job, error)
 
-    async def look(self, job: str) -> None:
-        """What it holds at this moment. A carrier that does not answer holds nothing."""
+    async def look(self, job: str, *, after: int = 0) -> None:
+        """What it holds at this moment. A carrier that does not answer holds nothing.
+
+        `after`: an attempt that is known to be dead, so that what is found will not be replaced any more.
+        """
         carrier = self._known.get(job)
         if carrier is None:
             return
@@ -116,10 +130,11 @@ class Carriers:
             carrier.seen = {}
         if carrier.seen.get("trouble"):
             self._trouble(job, carrier, str(carrier.seen["trouble"]))
-        if before.get("address") != carrier.seen.get("address"):
+        carrier.after = max(carrier.after, after)
+        if after or before.get("address") != carrier.seen.get("address"):
             self._changed()
 
-    async def follow(self, living: Callable[[], Iterable[Launch]]) -> None:
+    async def follow(self, living: Callable[[], Iterable[For]]) -> None:
         """For ever: what carriers hold, and another one where one is gone while ranks need it."""
         while True:
             await asyncio.sleep(_REFRESH_S)
@@ -142,6 +157,7 @@ class Carriers:
                 job=job,
                 address=(str(carrier.seen["address"][0]), int(carrier.seen["address"][1])),
                 memory_bytes=int(carrier.seen["memory_bytes"]),
+                after=carrier.after,
                 held=tuple(
                     Held(rank=rank, world=world, attempt=attempt, step=step, own=own)
                     for rank, world, attempt, step, own in carrier.seen["held"]
@@ -150,6 +166,13 @@ class Carriers:
             for job, carrier in sorted(self._known.items())
             if carrier.seen
         )
+
+    async def save(self, job: str, request: dict[str, Any], *, within_s: float) -> dict[str, Any]:
+        """Have what it holds of a state written. Errors: Unreachable, Refused."""
+        carrier = self._known.get(job)
+        if carrier is None:
+            raise Unreachable(f"nothing of {job} is in this node's memory")
+        return await self._ask(carrier, {"do": "save", **request}, within_s=within_s)
 
     # ---------------------------------------------------------------- the end
 
@@ -177,7 +200,7 @@ class Carriers:
         carrier.address = address
         return carrier
 
-    async def _meet(self, carrier: _Carrier, launch: Launch) -> None:
+    async def _meet(self, carrier: _Carrier, launch: For) -> None:
         told = {
             "addresses": {node: list(address) for node, address in launch.carriers.items()},
             "buddy": launch.buddy, "secret": launch.secret, "bytes_max": self._bytes_max,
@@ -249,7 +272,7 @@ class Carriers:
             self._tell("snapshots_off", job, f"no snapshots in memory: {why}")
 
 
-def _memory(launch: Launch) -> dict[str, Any] | None:
+def _memory(launch: For) -> dict[str, Any] | None:
     """Which old ranks' states this node's ranks begin from, and who holds each."""
     memory = launch.memory
     if memory is None or launch.restore is None:
@@ -265,6 +288,17 @@ def _memory(launch: Launch) -> dict[str, Any] | None:
         "at": list(launch.restore),
         "wanted": [[rank, list(memory.holders[rank])] for rank in sorted(wanted)],
     }
+
+
+def _saved(launch: For) -> str:
+    """The folder of a script's state that was stored from memory; "": there is none to begin from."""
+    if not isinstance(launch, Launch) or launch.run.get("kind") != "command":
+        return ""
+    if launch.restore is None or launch.memory is not None:
+        return ""
+    attempt, step = launch.restore
+    at = Point(attempt=Attempt(attempt), step=Step(step))
+    return str(Path(launch.checkpoint["dir"]) / folder_name(at))
 
 
 def _start(directory: Path, address: str) -> None:

@@ -8,6 +8,8 @@ bundles/<sha256>.tar           shipped work folders, as fetched
 standby/<key>/                 one standby server each (see standby)
 learnt/<digest>.json           what runs of a script were seen to import (see learnt)
 carrier/<job>/                 one carrier of snapshots each (see carriers)
+probes/gpus.json               the GPUs that this node had; `watch` has a folder of its own (probes-watch)
+probes/faults.msgpack          what was counted since boot (see probes.xid.watcher)
 jobs/<job>/workdir-<sha>/      a shipped work folder, unpacked: shared by the attempts of its job
 jobs/<job>/removed.json        the newest attempt whose folder was cleaned away: it may not start again
 jobs/<job>/<attempt>/          one attempt: made before anything is started, so it starts at most once
@@ -54,6 +56,10 @@ class Folder:
     @property
     def carriers(self) -> Path:
         return self.path / "carrier"
+
+    def probes(self, role: str) -> Path:
+        """Two agents of one folder see the same node, each for itself."""
+        return self.path / ("probes-watch" if role == "watch" else "probes")
 
     @property
     def credential(self) -> Path:

@@ -1,8 +1,7 @@
-"""What kind of machine this is, and how it does: from /proc, and from NVML where there is a driver."""
+"""What kind of machine this is, how it is reached, how much of it is in use: from /proc and its routes."""
 
 import contextlib
 import fcntl
-import logging
 import os
 import socket
 import struct
@@ -11,7 +10,6 @@ from urllib.parse import urlsplit
 
 from keepstep.wire.messages import NodeStatus
 
-_log = logging.getLogger("keepstep.agent")
 _SIOCGIFADDR = 0x8915
 _LOOPBACK = ("127.0.0.1", "lo")
 
@@ -25,25 +23,6 @@ def node_status() -> NodeStatus:
         memory_available_bytes=memory.get("MemAvailable", 0),
         agent_memory_bytes=own.get("VmRSS", 0),
     )
-
-
-def find_gpus() -> tuple[str, ...]:
-    """UUIDs by index; nothing where there is no NVIDIA driver. Said once, at the start."""
-    if not Path("/proc/driver/nvidia/version").exists():
-        _log.info("no NVIDIA driver here: slots are processes on the CPU")
-        return ()
-    import pynvml  # costs memory that a node without GPUs can keep
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(k) for k in range(pynvml.nvmlDeviceGetCount())]
-            return tuple(str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles)
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        _log.warning("there is an NVIDIA driver, but NVML fails (%s): slots are processes on the CPU", error)
-        return ()
 
 
 def cpu_count() -> int:

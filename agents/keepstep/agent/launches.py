@@ -18,7 +18,7 @@ from keepstep.agent.attempt import Attempt, Order
 from keepstep.agent.surroundings import Surroundings
 from keepstep.core import durable
 from keepstep.core.errors import KeepstepError
-from keepstep.wire.messages import AttemptStatus, Desired, Launch, Stop, Warm
+from keepstep.wire.messages import AttemptStatus, Desired, Keep, Launch, Stop, Warm
 
 _log = logging.getLogger("keepstep.agent")
 _REPORTED_DEAD_MAX = 64
@@ -34,6 +34,8 @@ class Launches:
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._others: set[asyncio.Task[None]] = set()
         self._warm: dict[str, Warm] = {}
+        self._kept: dict[str, Keep] = {}
+        self._keeping = asyncio.Lock()
 
     # ---------------------------------------------------------------- after a start
 
@@ -72,6 +74,7 @@ class Launches:
             self._launch(launch)
         for job, number in desired.forget:
             self._forget((job, number))
+        self._keep_carriers(desired.keep)
         self._keep_warm(desired.warm)
 
     def end(self, stops: Iterable[Stop]) -> None:
@@ -167,7 +170,29 @@ class Launches:
         """What is kept for jobs that have, and will have, nothing here."""
         wanted = {key[0] for key in self.attempts} | set(self._warm)
         await self.around.standbys.release(wanted)
-        await self.around.carriers.release(wanted)
+        await self.around.carriers.release(wanted | set(self._kept))
+
+    # ---------------------------------------------------------------- carriers without ranks
+
+    def _keep_carriers(self, wanted: Iterable[Keep]) -> None:
+        now = {keep.job: keep for keep in wanted}
+        for job, keep in now.items():
+            if self._kept.get(job) != keep:
+                self._task(self._keep(keep))
+        dropped = self._kept.keys() - now.keys()
+        self._kept = now
+        if dropped:
+            self._task(self._release())
+
+    async def _keep(self, wanted: Keep) -> None:
+        """One after the other: a newer order is carried out last."""
+        async with self._keeping:
+            if self._kept.get(wanted.job) != wanted:
+                return
+            if wanted.over:
+                await self.around.carriers.look(wanted.job, after=wanted.attempt)
+            else:
+                await self.around.carriers.keep(wanted, self.around.address(2)[0])
 
     async def _load(self, warm: Warm) -> None:
         try:
@@ -188,20 +213,24 @@ class Launches:
     def living(self) -> list[Attempt]:
         return [attempt for attempt in self.attempts.values() if attempt.living]
 
+    @property
+    def carried(self) -> list[Launch | Keep]:
+        """Who needs a carrier on this node."""
+        return [*(attempt.launch for attempt in self.living), *self._kept.values()]
+
     def latest(self, job: str) -> int | None:
         """The newest attempt of a job of which there is a folder here, also a forgotten one."""
         numbers = [number for name, number, _ in self.around.folder.attempts() if name == job]
         return max(numbers, default=None)
 
     async def end_all(self, reason: str, *, kill: bool = False) -> None:
-        """End every rank with the job's own grace, and wait until nothing is left."""
+        """End every rank with the job's own grace, and wait until nothing is left but what is in memory."""
         for attempt in self.living:
             grace = 0.0 if kill else preparation.read_run(attempt.launch.run).stop.grace_s
             attempt.stop(reason, grace)
         if tasks := [self._tasks[attempt.key] for attempt in self.living if attempt.key in self._tasks]:
             await asyncio.wait(tasks)
         await self.around.standbys.end_all()
-        await self.around.carriers.release(())
 
     def predecessors(self, job: str, number: int) -> list[Awaitable[Any]]:
         return [

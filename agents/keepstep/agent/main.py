@@ -8,6 +8,7 @@ how it ended is on disk, and a new agent finds everything again. See `folder` fo
        |           '-- progress, evidence, report                               what is told
     link ---- endpoint, spool                                                   to the controller and back
     watch --- alone                                                             beacons, and silence
+    health - probes: gpu, xid, host, network, storage; exporter                 how the node does
     queries - logs, inquiry (kernel, controlserver, recorder, stacks, ras)      what is asked for
 """
 
@@ -18,7 +19,8 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Awaitable, Coroutine
+import sys
+from collections.abc import Coroutine
 from importlib import metadata
 from typing import Any
 
@@ -28,6 +30,9 @@ from keepstep.agent.endpoint import Endpoint, endpoints, read_credential
 from keepstep.agent.folder import Folder, Lock
 from keepstep.agent.launches import Launches
 from keepstep.agent.link import Link, Node
+from keepstep.agent.probes.gpu import inventory
+from keepstep.agent.probes.gpu.inventory import Inventory
+from keepstep.agent.probes.health import Health
 from keepstep.agent.settings import AgentSettings
 from keepstep.agent.slots import Slots
 from keepstep.agent.spool import Spool
@@ -40,9 +45,10 @@ from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.wire import messages as wire
 
 _log = logging.getLogger("keepstep.agent")
-_CAPABILITIES = ("logs", "inventory", "warm", "points", "evidence")
+_CAPABILITIES = ("logs", "inventory", "warm", "points", "evidence", "save")
 _SETTLE_S = 10.0
 _TICK_S = 0.5
+_STORE_S = 1.0  # for the controller to ask that what is in memory be stored, before a drained node leaves
 _TEXT_MAX = 2000
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -69,7 +75,8 @@ class Agent:
         self._clock, self._boot = clock.SystemClock(), clock.boot_id()
         chance = clock.system_random()
         self._instance = ids.short(chance, 12)
-        self._gpus = settings.gpus if settings.gpus is not None else host.find_gpus()
+        self._inventory = Inventory(folder.probes(settings.role) / "gpus.json")
+        self._gpus = settings.gpus if settings.gpus is not None else self._found_gpus()
         most = len(self._gpus) or settings.slots or host.cpu_count()
         count = most if settings.slots is None else min(most, settings.slots)
         self._slots = Slots(count if settings.runs_ranks else 0, self._gpus)
@@ -80,19 +87,28 @@ class Agent:
         )  # fmt: skip
         self._link = Link(settings, folder, self._spool, node, clock=self._clock, chance=chance)
         self._launches = Launches(self._surroundings)
+        self._interface = settings.interface or ""
+        self._health = self._made_health() if settings.probes else None
         self._watch = Watch(self._launches, self._link.contact, self._clock)
         self._leaving, self._parent = False, os.getppid()
         self._leave = asyncio.Event()
         self._signals = 0
         self._drain = settings.attached or settings.drain
         self._hurry = asyncio.Event()  # a second signal: no more grace
+        self._saves, self._saved_at = 0, 0.0  # under way; and when the last one was over
         self._exit_code = 0
+
+    def _found_gpus(self) -> tuple[str, ...]:
+        call_s = self._settings.driver_call_s
+        return inventory.find(self._inventory, self._clock, os.environ, call_s=call_s)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._signalled, number)
         _log.info("agent %s of node %s, process %d", self._instance, self._settings.node, os.getpid())
+        if self._settings.leash:
+            loop.add_reader(sys.stdin.fileno(), self._pulled)
         self._launches.adopt()
         await self._launches.settled(within_s=_SETTLE_S)
         works = [asyncio.create_task(work) for work in self._works()]
@@ -102,6 +118,8 @@ class Agent:
             for task in done - {leave}:
                 task.result()  # a bug: loudly; whoever started us starts another, which adopts
             await self._say_goodbye()
+            if self._drain:
+                await self._launches.around.carriers.release(())
         finally:
             for task in (*works, leave):
                 task.cancel()
@@ -112,8 +130,28 @@ class Agent:
 
     def _works(self) -> tuple[Coroutine[Any, Any, None], ...]:
         carriers = self._launches.around.carriers
-        follow = carriers.follow(lambda: [attempt.launch for attempt in self._launches.living])
-        return self._link.run(), self._watch.run(), self._mind(), follow
+        follow = carriers.follow(lambda: self._launches.carried)
+        works = [self._link.run(), self._watch.run(), self._mind(), follow]
+        if self._health is not None:
+            works.append(self._health.run())
+        if self._health is not None and self._settings.metrics is not None:
+            works.append(self._exporting(*self._settings.metrics, self._health))
+        return tuple(works)
+
+    def _made_health(self) -> Health:
+        return Health(
+            self._settings, self._folder, self._inventory, clock=self._clock, boot=self._boot,
+            launches=lambda: [attempt.launch for attempt in self._launches.living],
+            interface=lambda: self._interface, changed=self._link.changed,
+        )  # fmt: skip
+
+    def _exporting(self, address: str, port: int, health: Health) -> Coroutine[Any, Any, None]:
+        # They cost memory that most agents can keep.
+        from keepstep.agent.probes.exporter import Exporter
+        from keepstep.agent.probes.metrics import Metrics
+
+        metrics = Metrics(health, platform.node(), self._launches.statuses)
+        return Exporter(address, port, metrics).run()
 
     # ---------------------------------------------------------------- leaving
 
@@ -125,6 +163,14 @@ class Agent:
         if self._signals > 1:
             self._hurry.set()
 
+    def _pulled(self) -> None:
+        """What held the leash is gone, and this node's slots with it: there is no time for grace."""
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self._drain = True
+            self._go("what had started it is gone", 0)
+            self._hurry.set()
+
     async def _say_goodbye(self) -> None:
         """Attached, draining or interrupted: end the ranks first. Then tell the controller, if it listens."""
         self._leaving = True
@@ -134,11 +180,21 @@ class Agent:
         contact = self._link.contact
         asked_at = self._clock.monotonic()
         self._link.changed()
-        while contact.connected and self._clock.monotonic() < asked_at + self._settings.leave_within_s:
+        while contact.connected:
             heard = (contact.answered_at or 0.0) >= asked_at
-            if heard and self._spool.acknowledged >= self._spool.last:
+            told = heard and self._spool.acknowledged >= self._spool.last
+            late = self._clock.monotonic() >= asked_at + self._settings.leave_within_s
+            if (told or late) and not self._keeps_what_is_wanted(asked_at):
                 return
             await asyncio.sleep(0.02)
+
+    def _keeps_what_is_wanted(self, asked_at: float) -> bool:
+        """Whether what ranks have left in memory is being stored, or the controller may still ask for it."""
+        carriers = self._launches.around.carriers
+        if not self._drain or self._hurry.is_set() or not any(one.held for one in carriers.statuses()):
+            return False
+        since = max(asked_at, self._saved_at)
+        return bool(self._saves) or self._clock.monotonic() < since + _STORE_S
 
     async def _end_ranks(self) -> None:
         ending = asyncio.create_task(self._launches.end_all("its agent was told to leave"))
@@ -183,6 +239,7 @@ class Agent:
         address, interface = host.training_address(
             endpoint.url, self._settings.address, self._settings.interface
         )
+        self._interface = interface
         return wire.Register(
             protocol=wire.PROTOCOL,
             version=_version(),
@@ -208,6 +265,7 @@ class Agent:
             attempts=self._launches.statuses(),
             standbys=self._launches.around.standbys.statuses(),
             snapshots=self._launches.around.carriers.statuses(),
+            health=None if self._health is None else self._health.status(),
             leaving=self._leaving,
         )
 
@@ -219,8 +277,14 @@ class Agent:
         else:
             self._launches.apply(desired)
 
-    def _answer(self, query: wire.Query) -> Awaitable[wire.Answer]:
-        return queries.answer(query, self._launches, self._clock)
+    async def _answer(self, query: wire.Query) -> wire.Answer:
+        saves = query.kind == "save"
+        self._saves += saves
+        try:
+            return await queries.answer(query, self._launches, self._clock)
+        finally:
+            self._saves -= saves
+            self._saved_at = self._clock.monotonic() if saves else self._saved_at
 
     # ---------------------------------------------------------------- what attempts need
 
@@ -251,8 +315,12 @@ class Agent:
             controller=lambda: contact.endpoint.url if contact.endpoint else "",
             predecessors=launches.predecessors,
             changed=self._link.changed,
+            device_uuid=self._device_uuid,
             tell=self._tell,
         )
+
+    def _device_uuid(self, device: str) -> str:
+        return "" if self._health is None else self._health.uuid_of(device)
 
     def _ahead(self) -> Ahead | None:
         wanted = self._settings.standby_processes

@@ -160,6 +160,7 @@ def launch_file(launch: Launch, made: Recipe, site: Site) -> LaunchFile:
                 job_file=job_file,
                 control=str(control_socket(site.directory, rank)) if made.run.hook else "",
                 carrier=site.carrier,
+                snapshot_every=launch.checkpoint.get("snapshot_every_steps"),
             ),
         )
         for k, rank in enumerate(launch.ranks)

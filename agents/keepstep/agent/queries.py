@@ -7,6 +7,7 @@ logs       job, attempt? (the newest here), ranks?, tail?, after? {rank: cursor}
                more: there is more at once, end: there never will be}
 inventory  dir -> {checkpoints: [[attempt, step, complete]...], fence: attempt|null}
 evidence   what each rank is doing: see inquiry
+save       a state in memory becomes a checkpoint: see saving
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.agent import inquiry, logs
+from keepstep.agent import inquiry, logs, saving
 from keepstep.agent.attempt import Attempt
 from keepstep.agent.launches import Launches
 from keepstep.core import checkpoints
@@ -41,6 +42,8 @@ async def answer(query: Query, launches: Launches, clock: Clock) -> Answer:
                 data = await asyncio.to_thread(_inventory, query.params)
             case "evidence":
                 data = await inquiry.gather(query.params, launches)
+            case "save":
+                data = await saving.save(query.params, launches.around.carriers)
             case _:
                 raise InputError(f"this agent does not know the question {query.kind!r}")
     except (KeepstepError, OSError, ValueError, TypeError, LookupError, re.error) as error:

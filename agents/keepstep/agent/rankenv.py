@@ -113,6 +113,7 @@ def rank_env(
     job_file: str = "",
     control: str = "",
     carrier: str = "",
+    snapshot_every: int | None = None,
 ) -> dict[str, str]:
     """What is one rank's alone."""
     rank = place.ranks[local_rank]
@@ -128,4 +129,5 @@ def rank_env(
         env["KEEPSTEP_CONTROL"] = control
     if carrier:
         env["KEEPSTEP_CARRIER"] = carrier
+        env["KEEPSTEP_SNAPSHOT_EVERY"] = str(snapshot_every or 1)
     return env

@@ -37,7 +37,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rank_status(
-    state: RankState, record: Record | None, evidence: Evidence | None, pulse: Pulse | None, now_ns: int
+    state: RankState,
+    record: Record | None,
+    evidence: Evidence | None,
+    pulse: Pulse | None,
+    now_ns: int,
+    gpu: str = "",
 ) -> RankStatus:
     record = record or Record()
     pulse = pulse if state.state == "running" else None
@@ -81,6 +86,7 @@ def rank_status(
         trouble_step=record.trouble_step if record.trouble else -1,
         error=evidence.error,
         last_lines=evidence.last_lines,
+        gpu=gpu,
     )
 
 

@@ -36,6 +36,7 @@ class AgentSettings:
     )
     interface: str | None = None
     attached: bool = False  # belongs to a terminal: when it goes, its ranks go
+    leash: bool = False  # belongs to who holds the other end of its standard input: closed, its ranks go
     drain: bool = False  # end the ranks before leaving (otherwise they go on: an upgrade)
     exit_when_orphaned_s: float | None = (
         None  # a local agent with nothing to do does not outlive its controller
@@ -53,6 +54,11 @@ class AgentSettings:
     spool_bytes: int = 16 << 20  # of unacknowledged events; the oldest go first, and the gap is told
     snapshot_bytes: int | None = None  # of one rank's slots in memory, at most; None: half of what is free
     history: History = History()
+    probes: bool = True  # look after the node's health
+    kernel_log: Path | None = Path("/dev/kmsg")  # or a file or FIFO in its format; None: not read
+    driver_call_s: float = 3.0  # a call of the GPUs' driver that takes longer hangs: its GPU is left out
+    driver_trial_s: float = 60.0  # until such a GPU is tried again; twice as long each time
+    metrics: tuple[str, int] | None = None  # address and port of /metrics; None: none
 
     @property
     def runs_ranks(self) -> bool:

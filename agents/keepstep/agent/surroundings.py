@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Surroundings:
     controller: Callable[[], str]  # its URL: the address of ranks depends on the way to it
     predecessors: Callable[[str, int], list[Awaitable[Any]]]  # ends of older attempts of a job, still to come
     changed: Callable[[], None]  # something that the controller should hear of at once
+    device_uuid: Callable[[str], str]  # of a device as CUDA_VISIBLE_DEVICES names it; "": not known
     tell: Callable[[str, str, int, dict[str, Any]], None]  # an event: kind, job, attempt, data
 
     async def recipe_for(self, job: str, run: Mapping[str, Any], directory: Path) -> preparation.Recipe:
@@ -48,6 +49,11 @@ class Surroundings:
                 )
         made = await asyncio.to_thread(preparation.recipe, what, workdir, dict(os.environ))
         return self.standbys.informed(made)
+
+    def gpu_of(self, slots: Sequence[int], local_rank: int) -> str:
+        """UUID of the GPU that a rank computes on: of those of its attempt, one by LOCAL_RANK."""
+        devices = self.slots.gpus(slots)
+        return self.device_uuid(devices[local_rank]) if local_rank < len(devices) else ""
 
     def address(self, nodes: int) -> tuple[str, str]:
         """Address and interface of this node's ranks in a gang of so many nodes."""

@@ -11,10 +11,12 @@ import os
 import signal
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,11 +30,13 @@ from keepstep.control.requests import Principal, want
 from keepstep.core.clock import Clock, SystemClock
 from keepstep.core.errors import Fenced, InputError, KeepstepError
 from keepstep.core.home import Home, Running, announce, running_controller, start_ticks, withdraw
+from keepstep.core.ids import Node
 from keepstep.core.states import JOB
 from keepstep.decide.plan import Policy
 from keepstep.decide.view import Wanted
 from keepstep.pools.local import LocalPool, LocalSettings
 from keepstep.pools.pool import Pool
+from keepstep.pools.ray.pool import RayPool, RaySettings
 from keepstep.pools.static import StaticPool
 from keepstep.store import Store, this_process
 from keepstep.wire.messages import MAX_MESSAGE_BYTES
@@ -54,6 +58,7 @@ class Settings:
     slots: int = 0  # of each; 0: as many as GPUs, else processors
     return_after_s: float = 30.0  # a lost local node's way back
     health_policy: Path | None = None  # over keepstep's own
+    ray: RaySettings | None = None  # a Ray cluster as a pool
     idle_exit_s: float | None = None  # None: stays up without jobs and clients
 
 
@@ -69,7 +74,8 @@ def serve(settings: Settings) -> int:
         last_seen_at = store.lease().beat_at
         store.acquire(this_process())
         listener = _listen(settings)
-        pools = _pools(settings, clock)
+        url = f"http://{settings.host}:{listener.getsockname()[1]}"
+        pools = _pools(settings, clock, store, url)
         ways: dict[str, Means] = {
             "command": Command(settings.home.path / "repairs", clock),
             "webhook": Webhook(clock),
@@ -208,12 +214,29 @@ async def _cancel_all(controller: Controller) -> None:
         log.warning("jobs did not end within %g s: %s", _CANCEL_WITHIN_S, sorted(controller.book.entries))
 
 
-def _pools(settings: Settings, clock: Clock) -> list[Pool]:
+def _pools(settings: Settings, clock: Clock, store: Store, url: str) -> list[Pool]:
     slots = settings.slots or os.cpu_count() or 1
     local = LocalSettings(
         nodes=tuple(_NAMES[: settings.nodes]), slots=slots, return_after_s=settings.return_after_s
     )
-    return [LocalPool(home=settings.home, clock=clock, settings=local), StaticPool()]
+    pools: list[Pool] = [LocalPool(home=settings.home, clock=clock, settings=local), StaticPool()]
+    if settings.ray is not None:
+        ray = settings.ray if settings.ray.url else replace(settings.ray, url=_reached_at(url))
+        log_file = settings.home.path / "pool-ray.log"
+        pools.append(RayPool(settings=ray, clock=clock, log_file=log_file, issue=partial(_credential, store)))
+    return pools
+
+
+async def _credential(store: Store, node: Node) -> str:
+    """For one node alone; the one before is not valid any more."""
+    issue = partial(store.tokens.issue, name=f"node/{node}", kind="agent", node=node, replace=True)
+    return (await asyncio.to_thread(issue)).secret
+
+
+def _reached_at(url: str) -> str:
+    """Where other machines find a controller that listens on all its addresses."""
+    host = urlsplit(url).hostname or ""
+    return url.replace(host, socket.gethostbyname(socket.gethostname()), 1) if host == "0.0.0.0" else url  # noqa: S104
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -15,8 +15,9 @@ from keepstep.cli import units
 from keepstep.cli.client import Client
 from keepstep.cli.context import chosen
 from keepstep.cli.options import Output
+from keepstep.cli.rayed import RayAddress, RayOptions, RayResource, RayUrl
 from keepstep.cli.render import Column, draw, emit
-from keepstep.core.errors import KeepstepError
+from keepstep.core.errors import InputError, KeepstepError
 from keepstep.core.home import Home, find_home, running_controller
 
 app = typer.Typer(rich_markup_mode=None)
@@ -43,10 +44,28 @@ COLUMNS = (
 
 
 @app.command("doctor")
-def doctor(ctx: typer.Context, output: Output = "table") -> None:
+def doctor(
+    ctx: typer.Context,
+    *,
+    pool: Annotated[str, typer.Option("--pool", help="A pool to look at, too: ray.")] = "",
+    ray: RayAddress = "",
+    ray_resource: RayResource = "GPU",
+    ray_url: RayUrl = "",
+    output: Output = "table",
+) -> None:
     """Check this machine and the controller. Exit code 1 if something is broken."""
     context = (ctx.find_root().obj or {}).get("context", "")
+    if pool not in {"", "ray"}:
+        raise InputError(
+            f"there is nothing to be checked of a pool {pool!r}", where="--pool", next="Try: ray."
+        )
     findings = list(examine(find_home(), context))
+    if pool or ray:
+        running = running_controller(find_home())
+        asked = RayOptions(
+            address=ray or "auto", resource=ray_resource, url=ray_url or (running.url if running else "")
+        )
+        findings += [Finding(**found) for found in asked.checkup()]
     rows = [{"what": found.what, "state": found.state, "told": found.told} for found in findings]
     emit(
         output,

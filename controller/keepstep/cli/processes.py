@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from keepstep.cli.rayed import RayAddress, RayDir, RayLabels, RayOptions, RayResource, RayUrl
+
 app = typer.Typer(rich_markup_mode=None)
 
 
@@ -35,12 +37,20 @@ def controller(
     store: Annotated[
         str, typer.Option("--store", help="Database URL; else SQLite in the state folder.")
     ] = "",
+    ray: RayAddress = "",
+    ray_resource: RayResource = "GPU",
+    ray_label: RayLabels = None,
+    ray_dir: RayDir = "",
+    ray_url: RayUrl = "",
 ) -> None:
     """Run the controller in the foreground until SIGTERM; `keepstep up` runs it in the background."""
     from keepstep.api.process import Settings, serve
     from keepstep.core.home import Home, find_home
 
     where = Home(path=Path(home).absolute()) if home else find_home()
+    asked = RayOptions(
+        address=ray, resource=ray_resource, labels=tuple(ray_label or ()), folder=ray_dir, url=ray_url
+    )
     code = serve(
         Settings(
             home=where.make(),
@@ -52,6 +62,7 @@ def controller(
             health_policy=Path(health_policy).absolute() if health_policy else None,
             idle_exit_s=idle_exit or None,
             return_after_s=return_after,
+            ray=asked.settings(where) if ray else None,
         )
     )
     raise typer.Exit(code)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keepstep.cli.client import Client
+from keepstep.cli.rayed import NO_RAY, RayOptions
 from keepstep.core.clock import SystemClock
 from keepstep.core.errors import KeepstepError, TimedOut, Unreachable
 from keepstep.core.home import Home, Running, lives, running_controller, start_ticks, starting
@@ -34,6 +35,7 @@ class Options:
     port: int = 0  # any that is free
     health_policy: str = ""  # a file over keepstep's own
     return_after_s: float = 30.0  # a lost node is started again
+    ray: RayOptions = NO_RAY
     idle_exit_s: float = 0.0  # it ends after this long without jobs and clients; 0: never
 
     def arguments(self) -> list[str]:
@@ -45,7 +47,7 @@ class Options:
             given += ["--health-policy", self.health_policy]
         if self.idle_exit_s:
             given += ["--idle-exit", str(self.idle_exit_s)]
-        return given
+        return given + self.ray.arguments()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import typer
 
 from keepstep.cli import service
 from keepstep.cli.options import Output, Yes, confirm
+from keepstep.cli.rayed import RayAddress, RayDir, RayLabels, RayOptions, RayResource, RayUrl
 from keepstep.cli.render import emit
 from keepstep.core.errors import InputError
 from keepstep.core.home import find_home
@@ -28,6 +29,11 @@ def up(
     health_policy: Annotated[
         str, typer.Option("--health-policy", help="Policy on node health, over keepstep's own.")
     ] = "",
+    ray: RayAddress = "",
+    ray_resource: RayResource = "GPU",
+    ray_label: RayLabels = None,
+    ray_dir: RayDir = "",
+    ray_url: RayUrl = "",
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds until it must answer.")] = 60.0,
     output: Output = "name",
 ) -> None:
@@ -43,7 +49,11 @@ def up(
     policy = str(Path(health_policy).absolute()) if health_policy else ""
     if policy:
         load_rules(Path(policy))  # says what is wrong with it before anything is started
-    options = service.Options(nodes=nodes, slots=slots, host=host, port=port, health_policy=policy)
+    asked = RayOptions(
+        address=ray, resource=ray_resource, labels=tuple(ray_label or ()), folder=ray_dir, url=ray_url
+    )
+    asked.check()
+    options = service.Options(nodes=nodes, slots=slots, host=host, port=port, health_policy=policy, ray=asked)
     started = service.start(home, options, within_s=timeout)
     running = started.running
     if started.fresh:

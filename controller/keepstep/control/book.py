@@ -14,7 +14,7 @@ from keepstep.core.durations import Usual, added
 from keepstep.core.ids import Attempt, JobId, Node, Step
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
-from keepstep.decide.view import Asked, Ended, Examined, Failure, Inventory, Link, Measured
+from keepstep.decide.view import Asked, Ended, Examined, Failure, Inventory, Link, Measured, Saving
 from keepstep.spec import from_dict
 from keepstep.store import Store
 from keepstep.store.rows import AttemptRow, Incident, Job
@@ -61,6 +61,8 @@ class Entry:
     progress: Progress
     steps_done: int = -1
     queued_at: float = 0.0
+    grace: tuple[Attempt, float] | None = None  # of an attempt that moves off nodes which will go; seconds
+    lacks: str = ""  # why its pool has not brought up what it needs
     inventory: Inventory | None = None
     asked: dict[Node, tuple[str, float]] = field(default_factory=dict)
     earlier: dict[str, Usual] = field(default_factory=dict)  # durations of phases in attempts that are over
@@ -68,6 +70,7 @@ class Entry:
     examined: deque[tuple[float, Examined]] = field(default_factory=lambda: deque(maxlen=2))
     due: tuple[str, float] | None = None  # what is waited for, and until which observed time
     examining: bool = False
+    saving: tuple[float, Saving] | None = None  # since when
     found: dict[str, float] = field(default_factory=dict)  # what was told of the attempt, and when
 
     @property
@@ -145,6 +148,9 @@ class Entry:
     def closely(self, time: ObservedTime) -> tuple[Examined, ...]:
         return tuple(replace(one, age_s=time.age(at)) for at, one in self.examined)
 
+    def saved(self, time: ObservedTime) -> Saving | None:
+        return None if self.saving is None else replace(self.saving[1], age_s=time.age(self.saving[0]))
+
     def asking(self, time: ObservedTime) -> tuple[Asked, ...]:
         return tuple(
             Asked(kind=kind, node=node, age_s=time.age(at)) for node, (kind, at) in self.asked.items()
@@ -199,7 +205,7 @@ class Book:
             entry.learn()
             entry.earlier = entry.usual
             entry.progress = Progress(attempt=number, moved_at=self._time.now)
-            entry.inventory, entry.asked = None, {}
+            entry.inventory, entry.asked, entry.saving = None, {}, None
             entry.examined.clear()
             entry.found.clear()
         state = attempts[-1].state if attempts else ""

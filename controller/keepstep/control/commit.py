@@ -127,7 +127,7 @@ def commit(writer: Writer, entry: Entry, view: JobView, change: p.JobChange) -> 
             if change.reason != entry.job.reason:
                 writer.update_job(entry.job.id, reason=change.reason)
                 pen.tell("waiting")
-        case p.Collect() | p.Examine():
+        case p.Collect() | p.Examine() | p.Save():
             pass  # a question to an agent, nothing to remember
         case _:
             assert_never(change)

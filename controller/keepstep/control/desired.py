@@ -6,10 +6,10 @@ from typing import Any
 
 from keepstep.control.book import Entry, layout_of
 from keepstep.control.fleet import Member
-from keepstep.core.ids import JobId, Term
+from keepstep.core.ids import JobId, Node, Term
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import local_ranks
-from keepstep.core.states import AttemptState
+from keepstep.core.states import AttemptState, JobState
 from keepstep.decide.buddies import buddies
 from keepstep.decide.death import fenced, orphan_lease_s
 from keepstep.decide.decide import FINISH_S
@@ -39,13 +39,17 @@ def desired(
 ) -> wire.Desired:
     """The launches and stops of one node, and the attempts whose end it may forget."""
     assert member.register is not None
-    launches, stops, warm, forget = [], [], [], []
+    launches, stops, warm, keep, forget = [], [], [], [], []
     for entry in entries.values():
         row = entry.present
         if row is None:
             ended = entry.ended()
-            if ended and member.name in {*ended.nodes, *ended.spares} and entry.job.wanted == "run":
-                warm.append(wire.Warm(job=entry.job.id, run=run_of(entry.spec)))  # until the next attempt
+            # Until the next attempt; whatever is wanted, what is in memory may still have to be stored.
+            needed = entry.job.wanted == "run" or entry.job.state == JobState.RECOVERING
+            if ended and member.name in {*ended.nodes, *ended.spares} and needed:
+                warm.append(wire.Warm(job=entry.job.id, run=run_of(entry.spec)))
+            if ended and member.name in ended.spares and needed:
+                keep += _keep(entry, entry.attempts[-1], carriers(entry), over=True)
             continue
         if member.name in row.nodes:
             if row.state in _LIVE:
@@ -53,8 +57,11 @@ def desired(
                 launches.append(launch)
             else:
                 stops.append(_stop(entry, row))
-        elif member.name in row.spares:
+            continue
+        if member.name in row.spares:
             warm.append(wire.Warm(job=entry.job.id, run=run_of(entry.spec)))
+        if row.state in _LIVE and (member.name in row.spares or _restored_from(row, member.name)):
+            keep += _keep(entry, row, carriers(entry))
     for job, attempt in sorted(member.attempts):
         known = entries.get(JobId(job))
         present = known.present if known else None
@@ -75,6 +82,7 @@ def desired(
         launches=tuple(launches),
         stops=tuple(stops),
         warm=tuple(warm),
+        keep=tuple(keep),
         forget=tuple(forget),
     )
 
@@ -109,13 +117,51 @@ def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy, carri
         memory=_memory(row),
         secret=carriers.secret,
         carriers=dict(carriers.addresses),
-        buddy=buddies(row.nodes, layout).get(row.nodes[node_rank], ""),
-        lineage=tuple((link.attempt, link.parent, link.parent_step) for link in entry.lineage()),
+        buddy=buddies(row.nodes, layout, _keepers(row, carriers)).get(row.nodes[node_rank], ""),
+        lineage=_lineage(entry),
         skip_steps=skipped(entry.failures(0.0)),
         self_fence_s=None if fenced(spec) else spec.recovery.self_fence_s,
         orphan_lease_s=orphan_lease_s(spec, policy),
         attached=entry.job.attached_node is not None,
     )
+
+
+def _keep(entry: Entry, row: AttemptRow, carriers: Carriers, *, over: bool = False) -> list[wire.Keep]:
+    """For a node without a rank of it; nothing for a job that keeps no snapshots."""
+    if not carriers.secret:
+        return []
+    layout = layout_of(row)
+    return [
+        wire.Keep(
+            job=entry.job.id,
+            attempt=row.number,
+            world_size=layout.world_size,
+            layout={"dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "tp": layout.tp},
+            restore=(row.restore["attempt"], row.restore["step"]) if row.restore else None,
+            memory=_memory(row),
+            lineage=_lineage(entry),
+            secret=carriers.secret,
+            carriers=dict(carriers.addresses),
+            over=over,
+        )
+    ]
+
+
+def _keepers(row: AttemptRow, carriers: Carriers) -> list[Node]:
+    """Spares whose carrier has said where it listens: a buddy that cannot be reached protects nothing."""
+    return [node for node in row.spares if node in carriers.addresses]
+
+
+def _restored_from(row: AttemptRow, node: Node) -> bool:
+    """Whether an attempt that has not stepped may still need what this node holds."""
+    memory = (row.restore or {}).get("memory")
+    return row.state != AttemptState.RUNNING and any(
+        node in nodes for nodes in (memory or {}).get("holders", ())
+    )
+
+
+def _lineage(entry: Entry) -> tuple[tuple[int, int, int], ...]:
+    return tuple((link.attempt, link.parent, link.parent_step) for link in entry.lineage())
 
 
 def keeps_snapshots(spec: JobSpec) -> bool:
@@ -133,6 +179,8 @@ def _memory(row: AttemptRow) -> wire.Memory | None:
 
 def _stop(entry: Entry, row: AttemptRow) -> wire.Stop:
     grace = entry.spec.run.stop.grace_s if entry.job.wanted != "run" else 0.0
+    if entry.grace is not None and entry.grace[0] == row.number:
+        grace = entry.grace[1]
     torn = entry.job.wanted == "run" and not fenced(entry.spec)
     return wire.Stop(
         job=entry.job.id,

@@ -16,6 +16,7 @@ from keepstep.core.ids import Node
 from keepstep.core.states import NODE, LifeState, NodeEvent, NodeState
 from keepstep.store.rows import NodeRow
 from keepstep.wire import messages as wire
+from keepstep.wire.health import HealthStatus
 
 QUIET_S = 3.0  # an agent reports each second; after this a connection is open in name only
 _FINISHED_KEPT = 100  # reports of one node, for those who look at a job after its end
@@ -47,8 +48,11 @@ class Member:
     state: NodeState = NodeState.READY
     life: LifeState = LifeState.HEALTHY  # as control.health has it
     life_why: str = ""
+    life_by: str = ""
     drain_s: float | None = None
-    health: wire.HealthStatus | None = None  # as it was last reported; None: its agent has no probes
+    health: HealthStatus | None = None  # as it was last reported; None: its agent has no probes
+    leaves: str = ""  # its pool will take it away: why, and when
+    leaves_in_s: float | None = None
     confirmed: str = ""
     confirmed_at: float = 0.0
     register: wire.Register | None = None
@@ -208,7 +212,7 @@ class Fleet:
 
 def _carriers(snapshots: tuple[wire.SnapshotStatus, ...]) -> object:
     """What other nodes must be told; what is held is looked at when it is needed."""
-    return [(status.job, status.address) for status in snapshots]
+    return [(status.job, status.address, status.after) for status in snapshots]
 
 
 def _matters(status: wire.AttemptStatus) -> object:

@@ -30,7 +30,7 @@ from keepstep.spec.rules import load_rules
 from keepstep.store import Writer
 from keepstep.store.reader import Reader
 from keepstep.store.rows import NewEvent
-from keepstep.wire import messages as wire
+from keepstep.wire.health import HealthStatus
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Health:
         self.ward = Ward(policy=load_rules(policy_file))
         self.validated: dict[Node, tuple[bool, str]] = {}  # outcomes that wait to be looked at
         self.decisions: Counter[tuple[str, str]] = Counter()  # by rule and action, of this controller
-        self._reports: dict[Node, wire.HealthStatus] = {}
+        self._reports: dict[Node, HealthStatus] = {}
         self._seen: dict[Node, object] = {}
         self._known: set[Node] = set()  # reported to this controller
         self._unsaved: set[Node] = set()
@@ -91,7 +91,7 @@ class Health:
 
     # ------------------------------------------------------------ what is reported
 
-    def hear(self, member: Member, status: wire.HealthStatus | None) -> bool:
+    def hear(self, member: Member, status: HealthStatus | None) -> bool:
         """Keep the newest report. True if it should be looked at now."""
         if status is None or member.pool == "run":
             return False
@@ -121,7 +121,7 @@ class Health:
                 reports[member.name] = Report()
         return reports
 
-    def _report(self, node: Node, status: wire.HealthStatus) -> Report:
+    def _report(self, node: Node, status: HealthStatus) -> Report:
         return Report(
             epoch=status.epoch,
             checks=tuple(
@@ -144,10 +144,11 @@ class Health:
         """One look, written down and taken over. True if another one may bring more."""
         now, reports, statuses = self.now, self._taken(fleet), dict(self._reports)
         saving = now - self._saved >= _SAVE_EVERY_S
-        if not (reports or self.ward.busy or (saving and self._unsaved)):
+        going = [member.name for member in fleet.members.values() if member.leaves]
+        if not (reports or self.ward.busy or going or (saving and self._unsaved)):
             return False
         places = _Places(fleet, book, self.validated, self.policy.correlation.rack_label)
-        looked = self.ward.look(reports, places.situation, places.sizes(), now)
+        looked = self.ward.look(reports, places.situation, places.sizes(), now, going)
         if looked.urgent or looked.told or (saving and (self._unsaved or looked.lives)):
             nodes = {**{n: self.ward.life(n) for n in self._unsaved}, **looked.lives}
             await write(lambda writer: self._write(writer, nodes.values(), looked.told, now))
@@ -181,7 +182,7 @@ class Health:
         member = fleet.members.get(life.node)
         if member is not None:
             drains = life.state is LifeState.DRAINING and life.due is not None
-            member.life, member.life_why = life.state, life.reason
+            member.life, member.life_why, member.life_by = life.state, life.reason, life.owner
             member.drain_s = max(0.0, (life.due or 0.0) - self.now) if drains else None
 
     def _write(self, writer: Writer, lives: Iterable[Life], told: Iterable[Told], now: float) -> None:
@@ -279,6 +280,9 @@ class _Places:
             gpus=tuple(sorted(member.register.gpus)) if member.register else (),
             validated=passed,
             why=why,
+            pool=member.pool,
+            leaves=member.leaves,
+            leaves_in_s=member.leaves_in_s,
         )
 
     def sizes(self) -> Sizes:

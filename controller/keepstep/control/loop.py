@@ -12,26 +12,27 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from keepstep.control import intake
+from keepstep.control import intake, stored
 from keepstep.control.book import Book, Entry
 from keepstep.control.commit import commit, mark
-from keepstep.control.desired import Carriers, checkpoint_folder, desired, keeps_snapshots
+from keepstep.control.desired import Carriers, desired, keeps_snapshots
 from keepstep.control.examination import examine
 from keepstep.control.fleet import Fleet, Member, Session
 from keepstep.control.health import Health
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
 from keepstep.control.repair import Repairs
+from keepstep.control.supply import Supply
 from keepstep.control.wards import Wards
 from keepstep.core.clock import Clock
-from keepstep.core.errors import KeepstepError, Unreachable
-from keepstep.core.ids import Attempt, JobId, Node, Step
+from keepstep.core.errors import Unreachable
+from keepstep.core.ids import JobId, Node
 from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import NODE, NodeState
 from keepstep.core.states.table import UnknownTransition
 from keepstep.decide import plan as p
 from keepstep.decide.decide import decide
-from keepstep.decide.view import Inventory, Stored, View
+from keepstep.decide.view import Saving, View
 from keepstep.pools.pool import Pool
 from keepstep.store import Store, Writer
 from keepstep.store.rows import NewEvent
@@ -71,6 +72,7 @@ class Controller:
         self.book = Book(store, self.time)
         self.health = health or Health(clock)
         self.told = asyncio.Event()  # something new is in the timeline
+        self.supply = Supply(self.fleet, self.book, self.pools, self.write)
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -175,7 +177,7 @@ class Controller:
             await self.on_store(self.store.beat)
         await self._store_events()
         self.fleet.hang_up()
-        await self._ask_pools()
+        await self.supply.ask()
         for _ in range(_ROUNDS_MAX):
             if not await self.health.look(self.fleet, self.book, self.write):
                 break
@@ -194,7 +196,7 @@ class Controller:
         changed: list[JobId] = []
         marked: dict[Node, tuple[NodeState, NodeState]] = {}
         jobs = {job.id: job for job in view.jobs}
-        questions = (p.Collect, p.Examine)
+        questions = (p.Collect, p.Examine, p.Save)
         writes = [c for c in plan.changes if not isinstance(c, questions) and self._is_news(c)]
         self._ask_and_note(plan)
 
@@ -219,6 +221,8 @@ class Controller:
             if member.state is before:  # else it registered while this was written
                 member.state, member.ready_at = after, self.time.now
         for change in writes:
+            if isinstance(change, p.End) and change.moves:
+                self.book.entries[change.job].grace = change.attempt, change.grace_s
             if isinstance(change, p.Find):
                 self.book.entries[change.job].found[change.verdict.signature] = self.time.now
             log.info("%s: %s: %s", change.job, type(change).__name__, change.reason)
@@ -235,6 +239,10 @@ class Controller:
                 case p.Examine() if not entry.examining:
                     entry.examining = True
                     self.begin(examine(self.fleet, entry, change, term=self.store.term, told=self.wake))
+                case p.Save() if entry.saving is None or entry.saving[1].at != change.at:
+                    entry.saving = self.time.now, Saving(at=change.at)
+                    work = stored.save(self.fleet, entry, change, term=self.store.term, tell=self._note)
+                    self.begin(work)
                 case p.Wait():
                     entry.due = change.reason, self.time.now + change.due_s
 
@@ -308,6 +316,9 @@ class Controller:
                 session.send(wire.Acknowledge(sequence=member.sequence, event=member.event))
         self.tell()
 
+    async def _note(self, event: NewEvent) -> None:
+        await self.write(lambda writer: writer.add_event(event))
+
     async def _note_absence(self) -> None:
         """Running jobs went on while no controller saw them: that time is unobserved."""
         running = [entry for entry in self.book.entries.values() if entry.present is not None]
@@ -346,9 +357,8 @@ class Controller:
             return
         self._asking.add(question.job)
         entry.asked[question.node] = (question.kind, self.time.now)
-        self.begin(self._inventory(entry, question)).add_done_callback(
-            lambda _: self._asking.discard(question.job)
-        )
+        work = stored.inventory(self.fleet, entry, question, term=self.store.term, told=self.wake)
+        self.begin(work).add_done_callback(lambda _: self._asking.discard(question.job))
 
     def begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Something that goes on beside the cycle, and ends with it at the latest."""
@@ -356,42 +366,3 @@ class Controller:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def _inventory(self, entry: Entry, question: p.Collect) -> None:
-        after = Attempt(entry.attempts[-1].number if entry.attempts else 0)
-        found: tuple[Stored, ...] = ()
-        error = ""
-        try:
-            answer = await self.fleet.ask(
-                question.node,
-                question.kind,
-                {"dir": checkpoint_folder(entry.spec, entry.job.id)},
-                term=self.store.term,
-                within_s=question.within_s,
-            )
-            found = tuple(
-                Stored(attempt=Attempt(a), step=Step(s))
-                for a, s, complete in answer["checkpoints"]
-                if complete
-            )
-        except KeepstepError as problem:
-            error = str(problem)
-        present = entry.attempts[-1].number if entry.attempts else 0
-        if present == after:
-            entry.inventory = Inventory(after_attempt=after, node=question.node, stored=found, error=error)
-            self.wake()
-
-    async def _ask_pools(self) -> None:
-        """Positive evidence of death comes from pools only; silence is none."""
-        for member in list(self.fleet.members.values()):
-            gone = not member.talks(self.time) and member.state in {NodeState.READY, NodeState.SILENT}
-            pool = self.pools.get(member.pool)
-            if gone and pool is not None and not member.confirmed:
-                member.confirmed = await pool.confirm_dead(member.name)
-                member.confirmed_at = self.time.now
-        for pool in self.pools.values():
-            await pool.reconcile(self._connected)
-
-    def _connected(self, node: Node) -> bool:
-        member = self.fleet.members.get(node)
-        return member is not None and member.talks(self.time)

@@ -1,5 +1,6 @@
 """Draws the view that decisions are taken from: rows of the book, reports of the fleet, observed ages."""
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -22,6 +23,8 @@ from keepstep.decide.view import (
 )
 from keepstep.store.rows import AttemptRow
 from keepstep.wire import messages as wire
+
+ASKED_WITHIN_S = 5.0  # for a spare to say what it holds, once the gang is dead
 
 
 def draw(book: Book, fleet: Fleet, *, wall: float, up_s: float) -> View:
@@ -53,7 +56,8 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         asked=entry.asking(fleet.time),
         attached=job.attached_node,
         incident=incident.id if incident else None,
-        kept=() if row is not None else kept(job.id, fleet),
+        kept=_settled(entry, fleet) if row is None or row.state == AttemptState.ENDING else (),
+        saving=entry.saved(fleet.time),
         checkpoint_step=entry.progress.checkpoint_step,
         ended=entry.ended(),
         usual=entry.usual,
@@ -61,7 +65,26 @@ def draw_job(entry: Entry, fleet: Fleet, wall: float) -> JobView:
         examining=entry.examining,
         measured=entry.measured(),
         found={what: fleet.time.age(at) for what, at in entry.found.items()},
+        lacks=entry.lacks,
         losses=tuple(loss for _, loss in entry.progress.losses),
+    )
+
+
+def _settled(entry: Entry, fleet: Fleet) -> tuple[Kept, ...]:
+    """When a gang ends: its own nodes look before they report their end, spares are asked when it is dead."""
+    if not entry.attempts:
+        return ()
+    row, found = entry.attempts[-1], kept(entry.job.id, fleet)
+    asked = {
+        member.name
+        for member in fleet.members.values()
+        for status in member.snapshots
+        if status.job == entry.job.id and status.after >= row.number
+    }
+    known = {*row.nodes, *asked}
+    waits = entry.present is None and fleet.time.age(entry.progress.state_since) < ASKED_WITHIN_S
+    return tuple(
+        one if one.node in known else replace(one, fresh=False) for one in found if waits or one.node in known
     )
 
 
@@ -187,9 +210,11 @@ def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
         silence_s=fleet.time.age(max(member.heard_at, member.acknowledged_at)),
         confirmed=member.confirmed,
         reset=member.reset,
+        leaving=member.session is not None and member.leaving and not _alive(member),
         left=member.session is None and member.leaving and not _alive(member),
         life=member.life,
         life_why=member.life_why,
+        life_by=member.life_by,
         drain_s=member.drain_s,
         attached=next((e.job.id for e in book.entries.values() if e.job.attached_node == member.name), None),
         warm_for=frozenset(JobId(s.job) for s in member.standbys if s.state == "ready"),

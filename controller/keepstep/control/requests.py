@@ -103,6 +103,7 @@ async def confirm_lost(controller: Controller, name: str, who: Principal, reason
         writer.add_event(NewEvent(kind="node confirm-lost", text=text, node=member.name, principal=who.name))
 
     await controller.write(write)
+    controller.wake()
 
 
 def parse_spec(data: Any) -> JobSpec:

@@ -23,6 +23,7 @@ class Resources:
     nodes: int = 1
     gpus_per_node: int = 1  # slots, on a machine without GPUs
     spares: int = 0  # nodes kept warm beside the gang
+    labels: Mapping[str, str] = field(default_factory=dict)  # that nodes must have: value, !value, in(a,b)
 
     @property
     def ranks(self) -> int:

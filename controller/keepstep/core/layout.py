@@ -5,7 +5,6 @@ most sits closest. Nodes take consecutive ranks, so tensor parallel groups stay 
 divides the slots of a node.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from keepstep.core.ids import Rank
@@ -60,13 +59,6 @@ class Layout:
         place = {"dp": at.dp, "pp": at.pp, "cp": at.cp, "tp": at.tp}
         size: int = getattr(self, dimension)
         return tuple(self.rank(**{**place, dimension: k}) for k in range(size))
-
-    def groups(self, dimension: str) -> Iterator[tuple[Rank, ...]]:
-        """Every group along `dimension`, in the order in which all ranks must create them."""
-        for rank in range(self.world_size):
-            group = self.group(dimension, rank)
-            if group[0] == rank:
-                yield group
 
     def with_replicas(self, dp: int) -> "Layout":
         return Layout(dp=dp, pp=self.pp, cp=self.cp, tp=self.tp)

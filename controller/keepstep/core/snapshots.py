@@ -7,6 +7,7 @@ three slots of its own for it. Standard library only: this module runs inside ra
     0     magic, version, rank, world size, room for description and payload
     64    what the gang has agreed to be sealed       (written by the rank)
     128   what the buddy has acknowledged             (written by the carrier, or that there is no buddy)
+    192   how long sending takes, in nanoseconds      (written by the carrier; 0: not known)
     256   slot records, 128 bytes each: attempt, step, sizes, checksum
     4096  three times: the description (JSON), the payload
 
@@ -39,9 +40,10 @@ SLOTS = 3
 PAGE = 4096
 
 _HEAD = struct.Struct("<8sHHIIIQQ")
-_SEALED_AT, _BUDDY_AT, _SLOTS_AT, _SLOT_BYTES = 64, 128, 256, 128
+_SEALED_AT, _BUDDY_AT, _SEND_AT, _SLOTS_AT, _SLOT_BYTES = 64, 128, 192, 256, 128
 _MARK = struct.Struct("<QIIqQ")  # generation, kind, attempt, step, generation
 _SLOT = struct.Struct("<QIIqQQ8s16sQ")  # generation, whole, attempt, step, sizes, algorithm, sum, generation
+_SEND = struct.Struct("<Q")
 NO_BUDDY, BUDDY = 1, 2
 
 
@@ -140,6 +142,17 @@ def buddy_record(at: Stamp | None, generation: int) -> tuple[int, bytes]:
     attempt, step = at or Stamp(0, -1)
     kind = NO_BUDDY if at is None else BUDDY
     return _BUDDY_AT, _MARK.pack(generation, kind, attempt, step, generation)
+
+
+def send_record(ns: int) -> tuple[int, bytes]:
+    """What it takes to send one snapshot of all ranks of this node to the buddy."""
+    return _SEND_AT, _SEND.pack(ns)
+
+
+def read_send(page: Page) -> int:
+    """0: not known."""
+    found: int = _SEND.unpack(page[_SEND_AT : _SEND_AT + _SEND.size])[0]
+    return found
 
 
 def read_sealed(page: Page) -> Stamp | None:

@@ -39,6 +39,7 @@ from keepstep.decide.plan import (
     Wait,
 )
 from keepstep.decide.recover import begin, grow, recover
+from keepstep.decide.save import saved_first
 from keepstep.decide.slow import slow, worth_a_swap
 from keepstep.decide.view import AttemptView, JobView, NodeView, PartPhase, RankPhase, View, Wanted
 
@@ -82,8 +83,9 @@ class _Deciding:
         # Jobs that are under way come before jobs that wait: what they lose must not be given away first.
         served.sort(key=lambda job: job.state is JobState.QUEUED)
         changes: list[JobChange] = []
+        leaving = [node.name for node in self.view.nodes if node.leaving]
         for job in served:
-            change = self._job(job)
+            change = saved_first(job, self._job(job), self.policy, leaving)
             if change is not None:
                 changes.append(change)
             if isinstance(change, Place):

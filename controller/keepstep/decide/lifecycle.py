@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from keepstep.core.ids import JobId
 from keepstep.core.rules import Action, TriagePolicy
-from keepstep.core.states import LifeEvent, LifeState
+from keepstep.core.states import LIFE, LifeEvent, LifeState
 from keepstep.decide import life as li
 from keepstep.decide.breaker import Room
 from keepstep.decide.life import KEEPSTEP, Life, Need, Outcome, Repair, moved
@@ -23,6 +23,7 @@ _NEXT = {
     Action.REPLACE: Action.REPLACE,
 }
 _SUMMED = ("suspicion", "suspect")  # needs that come of many events
+_SOONER_S = 5.0  # what is told anew of a deadline is no news within this
 _SERVED = 0.5  # a suspicion is over at this share of what it took
 
 
@@ -37,6 +38,9 @@ class Situation:
     gpus: tuple[str, ...] = ()
     validated: bool | None = None  # what the validation came to that belongs to this time out; None: not yet
     why: str = ""  # what it said
+    pool: str = ""
+    leaves: str = ""  # why its pool will take it away, or ""
+    leaves_in_s: float | None = None  # None: it did not say when
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,9 @@ class Step:
 
 def advance(life: Life, at: Situation, policy: TriagePolicy, now: float, room: Room) -> Step | None:
     """The next step, or None while nothing changes."""
+    taken = _of_its_pool(life, at, policy, now)
+    if taken is not None:
+        return taken
     match life.state:
         case LifeState.HEALTHY | LifeState.PROBATION | LifeState.SUSPECT:
             return _in_service(life, at, policy, now, room)
@@ -64,6 +71,25 @@ def advance(life: Life, at: Situation, policy: TriagePolicy, now: float, room: R
             return _validating(life, at, policy, now)
         case LifeState.REPLACE:
             return _replaced(life, at, policy, now)
+
+
+def _of_its_pool(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
+    """What a pool takes away drains, whatever the breaker says; what stays after all is put back."""
+    if not at.leaves:
+        if at.pool and life.owner == at.pool and LIFE.allows(life.state, LifeEvent.UNCORDON):
+            return _step(life, LifeEvent.UNCORDON, now, f"pool {at.pool} lets it stay")
+        return None
+    due = now + (policy.deadlines.drain_s if at.leaves_in_s is None else at.leaves_in_s)
+    reason = f"pool {at.pool} takes it away: {at.leaves}"
+    if LIFE.allows(life.state, LifeEvent.DRAIN):
+        owner = life.owner if not life.works and life.by_person else at.pool
+        gone = replace(life, plan=Action.NOTHING, out_job=at.job, out_rack=at.rack)
+        after = moved(gone, LifeEvent.DRAIN, now, reason, owner=owner, due=due)
+        return Step(life=after, told=reason, event=LifeEvent.DRAIN)
+    sooner = life.due is None or due < life.due - _SOONER_S
+    if life.state is LifeState.DRAINING and at.leaves_in_s is not None and sooner:
+        return Step(life=replace(life, due=due), told=f"{reason}, in {at.leaves_in_s:.0f} s")
+    return None
 
 
 # ---------------------------------------------------------------------- in service

@@ -19,7 +19,7 @@ from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
 from keepstep.core.states import WORKING, LifeState, NodeState
 from keepstep.decide.plan import Rejected
-from keepstep.decide.view import AttemptView, JobView, NodeView
+from keepstep.decide.view import RESERVED_FOR, AttemptView, JobView, NodeView
 
 Holders = Mapping[Node, JobId]
 
@@ -84,8 +84,13 @@ def unusable(job: JobView, node: NodeView, held: Holders = {}) -> str:  # noqa: 
         return "is silent"
     if not node.connected:
         return "is not connected"
+    if node.leaving:
+        return "is leaving"
     if node.life not in WORKING and node.name not in job.spec.validates:
         return f"is {node.life}"
+    for label, selector in job.spec.resources.labels.items():
+        if not matches(node.labels.get(label), selector):
+            return f"has {label} {node.labels.get(label, 'not set')}, not {selector}"
     if node.slots < need:
         return f"has {node.slots} of {need} slots"
     if node.lingering:
@@ -94,6 +99,14 @@ def unusable(job: JobView, node: NodeView, held: Holders = {}) -> str:  # noqa: 
     if holder is not None and holder != job.id:
         return f"is {holder}'s"
     return ""
+
+
+def matches(have: str | None, selector: str) -> bool:
+    """Whether a node's label is as it must be: value, !value, in(a,b), !in(a,b)."""
+    positive = not selector.startswith("!")
+    body = selector.removeprefix("!")
+    values = body[3:-1].split(",") if body.startswith("in(") and body.endswith(")") else [body]
+    return (have in [value.strip() for value in values]) is positive
 
 
 def layouts(spec: JobSpec) -> tuple[Layout, ...]:
@@ -149,7 +162,9 @@ def missing(
     )
     if there.refused:
         parts.append(listed([f"{name} {why}" for name, why in there.refused.items()], most=6))
-    if not there.free and not there.refused:
+    if job.lacks:
+        parts.append(job.lacks)
+    elif not there.free and not there.refused:
         parts.append(f"pool {job.spec.pool} has no node" + (" of its own" if job.attached else ""))
     fits = next((layout for layout in options if job.spec.nodes_for(layout.dp) <= len(there.free)), None)
     if fits is not None:
@@ -185,8 +200,10 @@ def could_ever(job: JobView, nodes: Iterable[NodeView]) -> list[Node]:
 
 
 def _foreign(job: JobView, node: NodeView) -> bool:
-    """Attached nodes serve their own job, and an attached job has no others. A validation has its nodes."""
+    """Attached and reserved nodes serve their own job, attached jobs and validations have no others."""
     if job.spec.validates and node.name not in job.spec.validates:
+        return True
+    if node.labels.get(RESERVED_FOR, job.id) != job.id and not job.spec.validates:
         return True
     return node.attached != (job.id if job.attached is not None else None)
 

@@ -101,6 +101,7 @@ class End(Change):
     attempt: Attempt
     grace_s: float = 0.0
     verdict: Verdict | None = None  # None: wanted by a person, or to grow
+    moves: bool = False  # off nodes that will go: the grace is its ranks' although it will run on
     finish_s: float = 0.0  # a rank that has a regular file open for writing gets this long to finish it
 
 
@@ -165,6 +166,15 @@ class Examine(Change):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Save(Change):
+    """Write a state that is in memory into the checkpoint folder; what came of it is in a later view."""
+
+    at: Stored
+    memory: Memory
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Find(Change):
     """Something that people should know and nothing is done about: told once in an attempt."""
 
@@ -201,6 +211,7 @@ JobChange = (
     | Wait
     | Collect
     | Examine
+    | Save
     | Find
 )
 
@@ -222,6 +233,7 @@ class Policy:
     end_within_s: float = 60.0  # then the reason names what does not die
     return_within_s: float = 10.0  # agents' time to come back after a controller's start
     fence_margin_s: float = 5.0
+    leave_before_s: float = 60.0  # a node's going: then a gang leaves it, wherever it may go
     orphan_lease_s: float = 3600.0  # the job's own bound holds where it is shorter (death.orphan_lease_s)
     collect_within_s: float = 10.0
     backoff_first_s: float = 1.0  # at least; the rest is the job's to say
@@ -231,6 +243,7 @@ class Policy:
     no_progress_max: int = 10  # attempts in a row without a new step, whoever is to blame
     grow_after_s: float = 10.0  # a returned node must have been ready for this long
     grow_within_s: float = 600.0  # how long growing waits for a checkpoint to grow from
+    save_within_s: float = 300.0  # for what is in memory to be stored before its holders are let go of
     examine_within_s: float = 3.0  # for agents to say how their ranks are
     examine_again_s: float = 30.0  # what was seen closely longer ago is looked at anew before it counts
     examine_soon_s: float = 1.0  # between two looks that must agree

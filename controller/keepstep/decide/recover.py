@@ -34,7 +34,7 @@ from keepstep.decide.place import (
 )
 from keepstep.decide.plan import Collect, End, GiveUp, Place, Policy, Rejected, Requeue, Wait
 from keepstep.decide.restore import RestorePoint, memory_point, restore_point
-from keepstep.decide.view import NOTHING, AttemptView, Ended, JobView, Link, View
+from keepstep.decide.view import NOTHING, AttemptView, Ended, JobView, Link, Stored, View
 
 Others = Mapping[JobId, JobView]
 
@@ -93,8 +93,8 @@ def begin(
     rejected: tuple[Rejected, ...] = (),
 ) -> Place | Collect | Wait:
     """Place the next attempt, once it is known what it restores."""
-    point = memory_point(job.lineage, job.kept, job.spec.parallelism)
-    if not _serves(job, point, placement.layout):
+    point = _in_memory(job, placement.layout, view)
+    if not _serves(job, point):
         if needs_inventory(job):
             return collect(job, view, held, policy)
         point = _stored(job, point)
@@ -115,23 +115,36 @@ def begin(
     )
 
 
-def _serves(job: JobView, point: RestorePoint, layout: Layout) -> bool:
-    """Whether a state in memory is known to be as new as anything stored, and fits the layout.
+def _in_memory(job: JobView, layout: Layout, view: View) -> RestorePoint:
+    """The newest state in memory that the layout can begin from: a script's is cut anew by nobody."""
+    leaving = {node.name for node in view.nodes if node.leaving}
+    held = [one for one in job.held if one.node not in leaving]
+    point = memory_point(job.lineage, held, job.spec.parallelism)
+    if point.at is None or point.memory is None or job.spec.run.kind == "llama":
+        return point
+    if point.memory.layout == layout:
+        return point
+    return RestorePoint(at=None, reason=f"step {point.at.step} is in memory as {point.memory.layout}")
+
+
+def _serves(job: JobView, point: RestorePoint) -> bool:
+    """Whether a state in memory is known to be as new as anything stored.
 
     Every attempt began from the newest state that there was, so only the last one can have stored a newer
-    one. Only the built-in trainer's states can be cut anew.
+    one.
     """
     if point.at is None or point.memory is None:
         return False
-    fits = job.spec.run.kind == "llama" or point.memory.layout == layout
-    return fits and point.at.step >= max(job.checkpoint_step, job.lineage[-1].parent_step)
+    return point.at.step >= max(job.checkpoint_step, job.lineage[-1].parent_step)
 
 
 def _stored(job: JobView, memory: RestorePoint) -> RestorePoint:
     """The newest stored state, or what is in memory after all; what is not there is said."""
-    if not keeps_checkpoints(job) or job.inventory is None:
+    if not stores(job) or job.inventory is None:
         return RestorePoint(at=None, reason="")
     point = restore_point(job.lineage, job.inventory.stored)
+    if point.at is not None and not keeps_checkpoints(job) and not _still_newest(job, point.at):
+        point = RestorePoint(at=None, reason=f"{point.reason}, but its script has come further since")
     if memory.at is not None and memory.at.step > (point.at.step if point.at else 0):
         return memory
     if job.kept and memory.at is None:
@@ -140,12 +153,26 @@ def _stored(job: JobView, memory: RestorePoint) -> RestorePoint:
 
 
 def keeps_checkpoints(job: JobView) -> bool:
-    """Whether agents can list what the job stored: only the built-in trainer's folder speaks for itself."""
+    """Whether ranks' own checkpoints can be listed: only the built-in trainer's folder speaks for itself."""
     return job.spec.run.kind == "llama" and job.spec.checkpoint.dir is not None
 
 
+def stores(job: JobView) -> bool:
+    """Whether keepstep itself writes to the folder: its own trainer, or carriers what a script keeps."""
+    script = job.spec.checkpoint.dir is not None and bool(job.spec.checkpoint.snapshot_every_steps)
+    return keeps_checkpoints(job) or script
+
+
+def _still_newest(job: JobView, at: Stored) -> bool:
+    """A script may have checkpoints of its own: what was stored of its memory counts while none is newer.
+
+    As in memory, by as many steps as lie between two snapshots.
+    """
+    return job.steps_done - at.step <= 2 * (job.spec.checkpoint.snapshot_every_steps or 1)
+
+
 def needs_inventory(job: JobView) -> bool:
-    if not keeps_checkpoints(job) or not job.attempts:
+    if not stores(job) or not job.attempts:
         return False
     found = job.inventory
     return found is None or found.after_attempt != job.attempts or bool(found.error)

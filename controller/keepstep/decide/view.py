@@ -17,6 +17,7 @@ from keepstep.core.states import AttemptState, JobState, LifeState, NodeState
 
 NOTHING = Attempt(0)  # the parent of an attempt that begins from nothing
 BEGINNING = Step(0)
+RESERVED_FOR = "keepstep.job"  # a label of nodes that were asked for one job, and serve no other
 
 
 class Wanted(StrEnum):
@@ -56,9 +57,11 @@ class NodeView:
     silence_s: float = 0.0  # since its last word; 0 while it talks
     confirmed: str = ""  # positive evidence that the node or its agent's processes are dead, or ""
     reset: bool = False  # its connection was reset or closed, rather than gone quiet
+    leaving: bool = False  # its agent is about to leave, and nothing of any attempt is alive on it
     left: bool = False  # its agent took its leave, and nothing of any attempt was alive on it
     life: LifeState = LifeState.HEALTHY  # as hardware; only some of them get new work
     life_why: str = ""
+    life_by: str = ""  # who took it out: keepstep, its pool, or a person
     drain_s: float | None = None  # left until a draining node's deadline
     attached: JobId | None = None  # serves this job only (`keepstep run`)
     warm_for: frozenset[JobId] = frozenset()  # has a loaded standby server for these
@@ -228,6 +231,17 @@ class Kept:
     step: Step
     node: Node
     own: bool = True  # the rank ran there; False: a buddy's copy
+    fresh: bool = True  # looked at after the last attempt was dead; else newer ones may have replaced it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A state in memory that is being stored, or was, or could not be."""
+
+    at: Stored
+    age_s: float = 0.0
+    done: bool = False
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +300,8 @@ class JobView:
     asked: tuple[Asked, ...] = ()
     attached: Node | None = None
     incident: int | None = None  # the open one
-    kept: tuple[Kept, ...] = ()  # in memory; told between two attempts only
+    kept: tuple[Kept, ...] = ()  # in memory; told when the last attempt is ending, or has ended
+    saving: Saving | None = None  # the last one that was asked for since the last attempt began
     checkpoint_step: int = -1  # the newest complete one that the last attempt is known to have written
     ended: Ended | None = None  # None before the first attempt has ended
     usual: Mapping[str, Usual] = field(default_factory=dict)  # by phase: how long it took, over all attempts
@@ -294,7 +309,13 @@ class JobView:
     examining: bool = False  # a close look is under way
     measured: Measured = Measured()
     found: Mapping[str, float] = field(default_factory=dict)  # what was told of the attempt; seconds ago
+    lacks: str = ""  # what its pool says of nodes that are not there yet
     losses: tuple[float, ...] = ()  # of the last steps, oldest first
+
+    @property
+    def held(self) -> tuple[Kept, ...]:
+        """What is in memory for certain."""
+        return tuple(one for one in self.kept if one.fresh)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

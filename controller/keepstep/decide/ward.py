@@ -6,7 +6,7 @@ decide cost nothing; a fleet of thousands is mostly such nodes.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from keepstep.core.ids import JobId, Node
@@ -74,12 +74,20 @@ class Ward:
     def life(self, node: Node) -> Life:
         return self.lives.get(node) or Life(node=node)
 
-    def look(self, reports: Mapping[Node, Report], where: Where, sizes: Sizes, now: float) -> Looked:
+    def look(
+        self,
+        reports: Mapping[Node, Report],
+        where: Where,
+        sizes: Sizes,
+        now: float,
+        going: Collection[Node] = (),
+    ) -> Looked:
+        """`going`: nodes that their pool will take away."""
         looked = Looked()
         for node, report in reports.items():
             self._report(looked, node, report, where(node), now)
-        if self.busy or looked.lives:
-            self._advance(looked, where, sizes, now)
+        if self.busy or looked.lives or going:
+            self._advance(looked, where, sizes, now, going)
         return looked
 
     def take(self, looked: Looked, now: float) -> None:
@@ -156,8 +164,10 @@ class Ward:
 
     # ------------------------------------------------------------ lives
 
-    def _advance(self, looked: Looked, where: Where, sizes: Sizes, now: float) -> None:
-        nodes = self.busy | set(looked.lives)
+    def _advance(
+        self, looked: Looked, where: Where, sizes: Sizes, now: float, going: Collection[Node]
+    ) -> None:
+        nodes = self.busy | set(looked.lives) | set(going)
         lives = [looked.lives.get(node) or self.life(node) for node in nodes]
         for node, changed in left_over(lives, self.policy.correlation, now).items():
             looked.lives[node] = changed

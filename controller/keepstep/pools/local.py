@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from keepstep.agent.rank import marker
 from keepstep.core.clock import Clock
 from keepstep.core.home import Home, lives, start_ticks
 from keepstep.core.ids import Node
+from keepstep.pools.pool import Asked, Told
 
 _NOTE = "process.json"
 _LEAVE_WITHIN_S = 20.0
@@ -57,7 +57,7 @@ class LocalPool:
     name: str = "local"
     _agents: dict[Node, _Agent] = field(default_factory=dict)
 
-    async def reconcile(self, connected: Callable[[Node], bool]) -> None:
+    async def reconcile(self, asked: Asked) -> Told:
         for name in map(Node, self.settings.nodes):
             agent = self._agents.setdefault(name, self._found(name))
             if agent.alive:
@@ -71,6 +71,7 @@ class LocalPool:
             early = now - agent.started_at < _EARLY_S
             if fresh or (waits == _EARLY_S and not early) or now - agent.gone_at >= waits:
                 self._start(name, agent)
+        return Told()
 
     async def confirm_dead(self, node: Node) -> str:
         agent = self._agents.get(node)

@@ -37,7 +37,9 @@ class ResourcesSection(Section):
     gpus_per_node: Annotated[Whole, Field(ge=1, le=1024)] = _RESOURCES.gpus_per_node
     """GPUs of each node, one for each rank; slots on machines without GPUs."""
     spares: Annotated[Whole, Field(ge=0, le=2**20)] = _RESOURCES.spares
-    """Nodes kept warm beside the gang, to take the place of lost ones."""
+    """Nodes kept warm beside the gang, to take the place of lost ones; they keep copies of its snapshots."""
+    labels: dict[SomeText, SomeText] = Field(default_factory=dict)
+    """Labels that its nodes must have, such as the rack: value, !value, in(a,b) or !in(a,b)."""
 
 
 class ParallelismSection(Section):
@@ -65,7 +67,7 @@ class ElasticSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is kept to restart from."""
+    """What is kept to restart from. What only memory has is stored in `dir` before its nodes are given up."""
 
     dir: SomeText | None = Field(
         default=None, json_schema_extra={"default_text": "./checkpoints for the built-in trainer, else none"}
@@ -76,7 +78,9 @@ class CheckpointSection(Section):
     keep: Annotated[Whole, Field(ge=1, le=10_000)] = _CHECKPOINT.keep
     """How many complete checkpoints are kept, the newest."""
     snapshot_every: SnapshotEvery = Field(default=_CHECKPOINT.snapshot_every_steps, validate_default=False)
-    """Between snapshots in memory; auto: after each step where three fit into memory, for a script: never."""
+    """Between snapshots in memory, where three fit into it. auto: each step, or as rarely as it takes for
+    copying to cost a rank at most 5 % of its time, and a node at most half of the time to send copies to its
+    buddy; for a script: never."""
 
 
 class RestartsSection(Section):

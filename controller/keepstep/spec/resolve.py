@@ -95,7 +95,12 @@ def _layout(document: JobDocument) -> tuple[Layout, Problem | None]:
 
 
 def _resources(section: ResourcesSection) -> job.Resources:
-    return job.Resources(nodes=section.nodes, gpus_per_node=section.gpus_per_node, spares=section.spares)
+    return job.Resources(
+        nodes=section.nodes,
+        gpus_per_node=section.gpus_per_node,
+        spares=section.spares,
+        labels=section.labels,
+    )
 
 
 def _llama(

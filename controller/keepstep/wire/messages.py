@@ -14,16 +14,15 @@ from typing import Any, cast
 
 import msgspec
 
+from keepstep.wire.health import HealthStatus
+from keepstep.wire.part import Part
+
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
 
 
 class Message(msgspec.Struct, tag_field="t", kw_only=True, omit_defaults=True, frozen=True):
     """The root of everything that is sent on its own."""
-
-
-class Part(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
-    """A piece of a message."""
 
 
 # ---------------------------------------------------------------- agent -> controller
@@ -124,6 +123,7 @@ class SnapshotStatus(Part, kw_only=True, frozen=True):
     address: tuple[str, int]
     memory_bytes: int = 0
     held: tuple[Held, ...] = ()
+    after: int = 0  # it was looked at when this attempt was known to be dead; see `Keep.over`
 
 
 class NodeStatus(Part, kw_only=True, frozen=True):
@@ -131,73 +131,6 @@ class NodeStatus(Part, kw_only=True, frozen=True):
     memory_total_bytes: int = 0
     memory_available_bytes: int = 0
     agent_memory_bytes: int = 0
-
-
-class GpuSample(Part, kw_only=True, frozen=True):
-    """One GPU as its driver tells it now. None: this driver or GPU does not tell."""
-
-    uuid: str
-    index: int
-    pci: str = ""  # 0000:0f:00.0
-    name: str = ""
-    utilisation: float | None = None  # percent of the last sample period in which a kernel ran
-    sm_active: float | None = None  # 0..1, GPM
-    tensor_active: float | None = None  # 0..1, GPM
-    memory_used_bytes: int | None = None
-    memory_total_bytes: int | None = None
-    sm_clock_mhz: int | None = None
-    memory_clock_mhz: int | None = None
-    throttled: tuple[str, ...] = ()  # thermal | power | hardware | other
-    power_w: float | None = None
-    energy_j: float | None = None  # since the driver was loaded
-    temperature_c: float | None = None
-    memory_temperature_c: float | None = None
-    pcie_width: int | None = None
-    pcie_generation: int | None = None
-    recovery_action: int | None = None
-    age_s: float = 0.0  # of this sample: it grows while the driver hangs
-
-
-class Check(Part, kw_only=True, frozen=True):
-    """One component that is not well now: `core.health.CHECKS` has the names and the units of values."""
-
-    name: str
-    component: str = ""  # a GPU's UUID, an interface, a device, a path; "": the node
-    level: str = "warn"  # core.health.Level
-    value: float = 0.0
-    limit: float | None = None  # the threshold that it has crossed
-    text: str = ""
-    for_s: float = 0.0  # it has stood so for so long
-
-
-class FaultCount(Part, kw_only=True, frozen=True):
-    """Events of one kind on one component since boot: `core.health.FaultKind`."""
-
-    kind: str
-    code: int = 0
-    component: str = ""
-    count: int = 1  # never falls within one boot
-    first_age_s: float = 0.0
-    last_age_s: float = 0.0
-    text: str = ""  # the newest line
-    pid: int = 0  # of the process that it names
-
-
-class ProbeStatus(Part, kw_only=True, frozen=True):
-    name: str
-    state: str = "ok"  # core.health.ProbeState
-    reason: str = ""
-
-
-class HealthStatus(Part, kw_only=True, frozen=True):
-    """All that a node's probes say now. `epoch`: counts begin anew when it changes (the boot's id)."""
-
-    epoch: str = ""
-    gpus: tuple[GpuSample, ...] = ()
-    checks: tuple[Check, ...] = ()
-    faults: tuple[FaultCount, ...] = ()
-    probes: tuple[ProbeStatus, ...] = ()
-    fabric: dict[str, str] = {}  # cluster and clique of NVLink domains, by GPU UUID: "cluster/clique"
 
 
 class Register(Message, tag="register", kw_only=True, frozen=True):
@@ -332,6 +265,26 @@ class Warm(Part, kw_only=True, frozen=True):
     run: dict[str, Any]
 
 
+class Keep(Part, kw_only=True, frozen=True):
+    """Keep a carrier for a job that has no rank here: this node keeps copies, or what others still restore.
+
+    Fields as those of `Launch`.
+    """
+
+    job: str
+    attempt: int
+    world_size: int
+    layout: dict[str, int]
+    ranks: tuple[int, ...] = ()
+    restore: tuple[int, int] | None = None
+    memory: Memory | None = None
+    lineage: tuple[tuple[int, int, int], ...] = ()
+    secret: str
+    carriers: dict[str, tuple[str, int]] = {}
+    buddy: str = ""
+    over: bool = False  # the attempt is dead: say what is held now
+
+
 class Desired(Message, tag="desired", kw_only=True, frozen=True):
     """What this node should run. What it runs beyond that goes on until a stop names it."""
 
@@ -340,6 +293,7 @@ class Desired(Message, tag="desired", kw_only=True, frozen=True):
     launches: tuple[Launch, ...] = ()
     stops: tuple[Stop, ...] = ()
     warm: tuple[Warm, ...] = ()
+    keep: tuple[Keep, ...] = ()
     forget: tuple[tuple[str, int], ...] = ()  # dead attempts whose end is recorded: reports may stop
 
 
@@ -347,7 +301,7 @@ class Query(Message, tag="query", kw_only=True, frozen=True):
     """Asks for something that is too large or too rare for the state."""
 
     id: int
-    kind: str  # logs | inventory | evidence
+    kind: str  # logs | inventory | evidence | save
     term: int
     params: dict[str, Any] = {}
 

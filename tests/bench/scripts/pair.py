@@ -1,4 +1,4 @@
-"""Two ranks that step every few hundredths of a second, for keepstep and torchrun alike.
+"""Two ranks that step every few hundredths of a second, for keepstep, torchrun and Ray Train alike.
 
     pair.py STEPS FOLDER    every completed step is a line in FOLDER/steps: monotonic seconds, rank, step, pid
 
@@ -23,7 +23,8 @@ TIMEOUT_S = float(os.environ.get("PAIR_TIMEOUT_S", "600"))
 
 
 def main(steps: int, folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    if not dist.is_initialized():  # Ray Train has done it
+        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 256))

@@ -35,7 +35,7 @@ arguments = TrainingArguments(
     save_total_limit=2, logging_steps=10, report_to=[], use_cpu=True, dataloader_num_workers=0, seed=1,
 )  # fmt: skip
 trainer = Trainer(model=model, args=arguments, train_dataset=Numbers())
-last = get_last_checkpoint(options.out) if os.path.isdir(options.out) else None  # type: ignore[no-untyped-call]  # noqa: PTH112
+last = get_last_checkpoint(options.out) if os.path.isdir(options.out) else None  # noqa: PTH112
 trainer.train(resume_from_checkpoint=last)
 if trainer.is_world_process_zero():
     total = float(sum(p.detach().double().sum() for p in model.parameters()))

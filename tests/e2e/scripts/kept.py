@@ -23,6 +23,8 @@ if (found := snapshots.restore()) is not None:
     start, state = found
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if rank == 0:
+        print(f"goes on from {start}", flush=True)
 
 for step in range(start + 1, steps + 1):
     generator = torch.Generator().manual_seed(step * 100 + rank)

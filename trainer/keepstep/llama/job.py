@@ -45,7 +45,7 @@ class TrainJob:
     checkpoint: Checkpointing | None
     restore: Point | None
     memory: Layout | None  # the layout in which the state to restore is in memory; None: it is in storage
-    snapshot_every: int | None  # steps; None: as often as there is room, 0: never
+    snapshot_every: int | None  # steps; None: as often as it can be afforded, 0: never
     branches: tuple[Branch, ...]  # the lineage, this attempt included
     init_from: str | None
     timeout_s: float  # of every collective

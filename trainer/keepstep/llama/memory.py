@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from keepstep.llama.checkpoint.pieces import owned_pieces
 from keepstep.llama.flat import FlatState
 from keepstep.llama.job import TrainJob
 from keepstep.session import Session
-from keepstep.session.slots import NEVER, Says, Slots
+from keepstep.session.slots import NOTHING, Says, Slots
 
 _VALUES_BYTES = 4096  # of a description, for what changes with the step
 
@@ -31,13 +32,13 @@ class Snapshots:
     def __init__(
         self, job: TrainJob, state: FlatState, session: Session, values: Callable[[int], dict[str, Any]]
     ) -> None:
-        """`values`: what belongs to the state after a step beside its tensors, as JSON."""
+        """`values`: what belongs to the state after a step beside its tensors, as JSON: tokens, data."""
         self._state, self._session, self._values = state, session, values
-        self._every = 1 if job.snapshot_every is None else job.snapshot_every
+        self._every = job.snapshot_every  # steps; None: as often as it can be afforded
         self._fixed = json.dumps(_description(job, state))
         self._bytes = state.state.numel() * state.state.element_size()
         self.slots: Slots | None = None
-        if self._every:
+        if self._every != 0:
             self.slots = Slots.open(
                 os.environ, rank=session.rank, world=job.layout.world_size, attempt=job.attempt,
                 description_max=len(self._fixed) + _VALUES_BYTES, payload_max=self._bytes,
@@ -47,14 +48,15 @@ class Snapshots:
         on_device = state.state.is_cuda and self.slots is not None
         self._stream = torch.cuda.Stream() if on_device else None  # type: ignore[no-untyped-call]
         self._under_way: int | None = None  # the step whose copy is not finished
+        self._stall_ns = 0  # of that copy
 
     @property
     def says(self) -> Says:
-        return self.slots.says if self.slots else (-1.0, NEVER)
+        return self.slots.says if self.slots else NOTHING
 
     def heard(self, least: tuple[float, ...]) -> None:
         if self.slots:
-            self.slots.heard((least[0], least[1]))
+            self.slots.heard((least[0], least[1], least[2]))
 
     def resume(self, step: int) -> None:
         """The state that the attempt begins from is protected before its first step."""
@@ -64,7 +66,7 @@ class Snapshots:
 
     def take(self, step: int) -> None:
         """After an update: begin the copy."""
-        if self._every and step % self._every == 0:
+        if self.slots and (self.slots.due(step) if self._every is None else step % self._every == 0):
             self._begin(step)
 
     def _begin(self, step: int) -> None:
@@ -72,27 +74,35 @@ class Snapshots:
         if number is None:
             return
         begun = time.monotonic_ns()
-        self._under_way = step
+        self._under_way, self._stall_ns = step, 0
         if self._stream is None:
             self._targets[number].copy_(self._state.state)
-            self.complete()
         else:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._targets[number].copy_(self._state.state, non_blocking=True)
-        self._session.stalled(time.monotonic_ns() - begun)
+        self._stood_still(time.monotonic_ns() - begun)
+        if self._stream is None:
+            self.complete()
 
     def complete(self) -> None:
         """The gate: before the next gradient collective the copy is whole."""
         if self._under_way is None:
             return
         assert self.slots is not None
+        begun = time.monotonic_ns()
         step, self._under_way = self._under_way, None
         if self._stream is not None:
             self._stream.synchronize()
         values = json.dumps(self._values(step))
         self.slots.finish(f'{{"values":{values},{self._fixed[1:]}'.encode(), self._bytes)
         self._session.snapshotted(step)
+        self._stood_still(time.monotonic_ns() - begun)
+        self.slots.stalled(self._stall_ns / 1e9)
+
+    def _stood_still(self, ns: int) -> None:
+        self._stall_ns += ns
+        self._session.stalled(ns)
 
     def close(self) -> None:
         if self.slots:
@@ -139,6 +149,8 @@ def _description(job: TrainJob, state: FlatState) -> dict[str, Any]:
     layout: Layout = job.layout
     return {
         "job": job.id,
+        "model": asdict(job.shape),
+        "torch": torch.__version__,
         "layout": {"dp": layout.dp, "pp": layout.pp, "cp": layout.cp, "tp": layout.tp},
         "dtype": str(state.state.dtype).removeprefix("torch."),
         "parts": ["model", "optimizer.exp_avg", "optimizer.exp_avg_sq"],

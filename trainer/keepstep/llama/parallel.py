@@ -1,8 +1,8 @@
 """Process groups of a rank: one along each dimension of the layout, one of everybody.
 
 The rendezvous store is hosted outside the ranks (torchrun's environment with TORCHELASTIC_USE_AGENT_STORE),
-so no rank's death takes it along. Every group gets the same explicit deadline; groups are created in the
-order of Layout.groups on all ranks, as torch.distributed demands.
+so no rank's death takes it along. Every group gets the same explicit deadline. A rank makes only the groups
+that it is in, in the same order of dimensions as their other members, and waits for nobody else.
 """
 
 import os
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from keepstep.core.errors import InputError
+from keepstep.core.ids import Rank
 from keepstep.core.layout import Coordinates, Layout
 
 
@@ -70,11 +71,10 @@ def groups(layout: Layout, rank: int, timeout: timedelta) -> Groups:
         if getattr(layout, dimension) == layout.world_size:
             mine[dimension] = world
             continue
-        for members in layout.groups(dimension):
-            group = dist.new_group(list(members), timeout=timeout)
-            if rank in members:
-                assert isinstance(group, dist.ProcessGroup)
-                mine[dimension] = group
+        members = list(layout.group(dimension, Rank(rank)))
+        group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        mine[dimension] = group
     return Groups(layout=layout, rank=rank, world=world, **mine)
 
 

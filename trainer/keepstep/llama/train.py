@@ -5,12 +5,14 @@ then every rank finishes the step in which the first of them heard it, a checkpo
 go on from there. Other failures end with a traceback and 1, also in TORCHELASTIC_ERROR_FILE.
 """
 
+import functools
 import json
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from keepstep.core.errors import InputError, KeepstepError
 from keepstep.llama import memory, parallel
 from keepstep.llama.data import Corpus
 from keepstep.llama.initial import initialise
-from keepstep.llama.job import TrainJob
+from keepstep.llama.job import Checkpointing, TrainJob
 from keepstep.llama.memory import Snapshots
 from keepstep.llama.optimizer import Update
 from keepstep.llama.trainer import Rates, Trainer
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from keepstep.llama import checkpoint
 
 STOPPED = 128 + signal.SIGTERM
+Beside = Callable[[], ProcessGroup | None]  # a group for checkpoints alone, made when it is needed first
 
 
 class StopSignal:
@@ -68,8 +71,11 @@ def run(job: TrainJob, session: Session) -> int:
         seed=job.data.get("seed", job.seed), seq=job.seq, sequences_per_step=job.sequences,
     )  # fmt: skip
     trainer = Trainer(job, groups, corpus, device=device, session=session)
-    beside = parallel.beside(groups, timeout_s=job.timeout_s) if job.checkpoint else None
-    snapshots = Snapshots(job, trainer.state, session, lambda step: {"data": corpus.position(step)})
+    beside = functools.cache(lambda: parallel.beside(groups, timeout_s=job.timeout_s))
+    snapshots = Snapshots(
+        job, trainer.state, session,
+        lambda step: {"tokens": step * job.global_tokens, "data": corpus.position(step)},
+    )  # fmt: skip
     begin(trainer, corpus, beside, snapshots)
     keeper = Keeper(trainer, corpus, beside)
     stopped = _loop(trainer, keeper, snapshots, stop)
@@ -80,7 +86,7 @@ def run(job: TrainJob, session: Session) -> int:
     return STOPPED if stopped else 0
 
 
-def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None, snapshots: Snapshots) -> None:
+def begin(trainer: Trainer, corpus: Corpus, beside: Beside, snapshots: Snapshots) -> None:
     """The state of the first step: from memory or the checkpoint to restore, given weights, or chance."""
     job, state = trainer.job, trainer.state
     if job.memory is not None:
@@ -90,12 +96,12 @@ def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None, snapshot
 
         if job.checkpoint is None:
             raise InputError("there is no checkpoint folder to restore from", where="checkpoint.dir")
-        manifest = load(job.checkpoint.folder, job.restore, state, model=job.shape, group=group)
+        manifest = load(job.checkpoint.folder, job.restore, state, model=job.shape, group=beside())
         corpus.check(manifest.data)
     elif job.init_from is not None:
         from keepstep.llama.weights import init_from
 
-        init_from(Path(job.init_from), state, job.shape, group=group)
+        init_from(Path(job.init_from), state, job.shape, group=beside())
     else:
         initialise(state, job.shape, job.seed)
     trainer.optimizer.publish()
@@ -107,21 +113,10 @@ def begin(trainer: Trainer, corpus: Corpus, group: ProcessGroup | None, snapshot
 class Keeper:
     """Decides when to save, and saves beside training."""
 
-    def __init__(self, trainer: Trainer, corpus: Corpus, group: ProcessGroup | None) -> None:
-        self._trainer, self._corpus = trainer, corpus
+    def __init__(self, trainer: Trainer, corpus: Corpus, beside: Beside) -> None:
+        self._trainer, self._corpus, self._beside = trainer, corpus, beside
         self._last = time.monotonic()
-        self._saver: checkpoint.Saver | None = None
-        if (config := trainer.job.checkpoint) is not None:
-            from keepstep.llama.checkpoint import Identity, Saver
-
-            job = trainer.job
-            self._saver = Saver(
-                config.folder, trainer.state,
-                Identity(
-                    job=job.id, attempt=job.attempt, layout=job.layout, model=job.shape, branches=job.branches
-                ),
-                group=group, session=trainer.session, keep=config.keep, wait_s=job.timeout_s,
-            )  # fmt: skip
+        self._saver: checkpoint.Saver | None = None  # from the first save on, which is the same on all ranks
 
     @property
     def due(self) -> bool:
@@ -131,29 +126,36 @@ class Keeper:
 
     def after_step(self, *, wanted: bool) -> None:
         """Every rank decides the same: `wanted` is what all of them know."""
-        if self._saver is None:
+        config, step = self._trainer.job.checkpoint, self._trainer.state.step
+        if config is None:
             return
-        job, step = self._trainer.job, self._trainer.state.step
-        assert job.checkpoint is not None
-        every = job.checkpoint.every_steps
-        if wanted or (every and step % every == 0):
-            self.save()
-        self._saver.poll()
-
-    def save(self) -> None:
-        if self._saver is None:
-            return
-        trainer = self._trainer
-        step = trainer.state.step
-        trainer.session.phase(Phase.CHECKPOINT)
-        self._saver.save(step, tokens=step * trainer.job.global_tokens, data=self._corpus.position(step))
-        self._last = time.monotonic()
+        if wanted or (config.every_steps and step % config.every_steps == 0):
+            self._save(config)
+        if self._saver is not None:
+            self._saver.poll()
 
     def finish(self) -> None:
         """Save the last state, wherever training ended."""
-        if self._saver is not None:
-            self.save()
-            self._saver.close()
+        if (config := self._trainer.job.checkpoint) is not None:
+            self._save(config).close()
+
+    def _save(self, config: Checkpointing) -> "checkpoint.Saver":
+        trainer = self._trainer
+        job, step = trainer.job, trainer.state.step
+        trainer.session.phase(Phase.CHECKPOINT)
+        if self._saver is None:
+            from keepstep.llama.checkpoint import Identity, Saver
+
+            self._saver = Saver(
+                config.folder, trainer.state,
+                Identity(
+                    job=job.id, attempt=job.attempt, layout=job.layout, model=job.shape, branches=job.branches
+                ),
+                group=self._beside(), session=trainer.session, keep=config.keep, wait_s=job.timeout_s,
+            )  # fmt: skip
+        self._saver.save(step, tokens=step * job.global_tokens, data=self._corpus.position(step))
+        self._last = time.monotonic()
+        return self._saver
 
 
 def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSignal) -> bool:

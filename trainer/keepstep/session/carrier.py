@@ -14,6 +14,7 @@ from typing import Any
 from keepstep.core.errors import KeepstepError, Refused, Unreachable
 
 FOLDER = "KEEPSTEP_CARRIER"  # the variable that names the carrier's folder
+EVERY = "KEEPSTEP_SNAPSHOT_EVERY"  # and that says between how many steps a script's state is kept
 SOCKET = "carrier.sock"
 _ANSWER_S = 120.0  # gigabytes are reserved, or fetched from another node
 _FILES_MAX = 253

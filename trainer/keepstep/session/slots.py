@@ -4,6 +4,7 @@ One thread, in this order:
 
     resume(step)                            the state that the attempt begins from is in a slot
     says -> MIN over all ranks -> heard     in a reduction of each step, before its update
+    due(step)                               where the interval is not given: alike on all ranks
     begin(step) ... finish(...)             after the update; finished before the next gradient collective
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keepstep.core import snapshots
+from keepstep.core.cadence import Costs
 from keepstep.core.errors import KeepstepError, Unreachable
 from keepstep.core.snapshots import PAGE, Shape, Slot, Stamp
 from keepstep.session.carrier import FOLDER, Carrier
@@ -24,7 +26,8 @@ _log = logging.getLogger("keepstep.snapshots")
 _POPULATE_WRITE = 23  # madvise: fault the pages in now, so that the first copy is as fast as any
 _REJOIN_S, _AGAIN_S = 1.0, 1.0
 NEVER = -(10.0**15)  # of a rank without slots: nothing is protected, and nothing may be taken
-Says = tuple[float, float]
+Says = tuple[float, float, float]
+NOTHING: Says = (-1.0, NEVER, -1.0)  # of a rank without slots
 
 
 class Slots:
@@ -40,6 +43,8 @@ class Slots:
         self.sealed: Stamp | None = None
         self._clear = False  # everybody has a slot free for the next snapshot
         self._writing: tuple[int, int] | None = None  # slot, step
+        self._costs, self._heard_s = Costs(), 0.0
+        self._every, self._last = 1, -1  # the interval that the ranks agreed on; the last step that was kept
         self._again_s = 0.0  # when another carrier is looked for
         self._generation = 0
         self._algorithm = snapshots.algorithms()[0]
@@ -72,11 +77,13 @@ class Slots:
 
     @property
     def says(self) -> Says:
-        """What goes into the MIN: what is protected, and (negative) what must be sealed for a free slot."""
+        """What goes into the MIN: what is protected; negative: what must be sealed for a free slot, and the
+        interval that this rank can afford."""
         buddy = snapshots.read_buddy(self._memory)
         return (
             float(snapshots.protected(self._stamps, self.attempt, buddy)),
             -float(snapshots.frees_at(self._stamps)),
+            -float(self._costs.interval),
         )
 
     def heard(self, least: Says) -> None:
@@ -86,10 +93,28 @@ class Slots:
             self.sealed = sealed
             self._put(*snapshots.sealed_record(sealed, self._next()))
         self._clear = -least[1] <= (self.sealed.step if self.sealed else -1)
+        self._every = max(1, int(-least[2]))
+        now = time.monotonic()
+        if self._heard_s:
+            self._costs.steps.append(now - self._heard_s)
+        self._heard_s = now
+        send_ns = snapshots.read_send(self._memory)
+        if send_ns:
+            self._costs.sends.append(send_ns / 1e9)
+        else:
+            self._costs.sends.clear()
+
+    def due(self, step: int) -> bool:
+        """Whether the agreed interval has passed."""
+        return step - self._last >= self._every
+
+    def stalled(self, seconds: float) -> None:
+        """What a copy has cost the rank."""
+        self._costs.stalls.append(seconds)
 
     def resume(self, step: int) -> bool:
         """Whether the state that the attempt begins from is in a slot; if not, it is to be copied now."""
-        self._clear = True
+        self._clear, self._last = True, step
         return Stamp(self.attempt, step) in self._stamps
 
     def begin(self, step: int) -> int | None:
@@ -98,6 +123,7 @@ class Slots:
         number = snapshots.free_slot(self._stamps, self.sealed) if self._clear else None
         if number is not None:
             self._writing, self._stamps[number] = (number, step), None
+            self._last = step
             self._put(*snapshots.slot_record(number, Slot(), self._next()))
         return number
 

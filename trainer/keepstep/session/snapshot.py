@@ -13,7 +13,8 @@
         snapshots.take(step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 Every rank calls `take` for the same steps, each with what it needs to go on: a replica its state, a rank
-with a shard its shard. The job's spec turns them on (checkpoint.snapshot_every). Outside keepstep, or where
+with a shard its shard. The job's spec says for how many of them something is done, and turns it on
+(checkpoint.snapshot_every: 1 step, say). Outside keepstep, or where
 there is too little memory, nothing happens and the script's own checkpoints are what there is.
 """
 
@@ -25,9 +26,9 @@ import torch
 import torch.distributed as dist
 
 from keepstep.core.snapshots import Shape, Stamp
-from keepstep.session.carrier import FOLDER, Carrier
+from keepstep.session.carrier import EVERY, FOLDER, Carrier
 from keepstep.session.progress import Session
-from keepstep.session.slots import NEVER, Says, Slots
+from keepstep.session.slots import NOTHING, Says, Slots
 from keepstep.session.tree import Packed, unpack
 
 _DESCRIPTION_BYTES = 1 << 16  # at least: values of a state may grow
@@ -38,6 +39,7 @@ class Snapshots:
         self._session = session
         self._on = bool(os.environ.get(FOLDER)) and self._session.attached
         self._attempt = _attempt()
+        self._every = max(1, int(os.environ.get(EVERY) or 1))
         self._slots: Slots | None = None
         self._opened = False
         self._shape: Shape | None = None  # of the file that was restored from: kept if the state still fits
@@ -71,7 +73,7 @@ class Snapshots:
         Returns when it is copied: the script may change its state. Errors: InputError for a state that is
         neither tensors nor plain values.
         """
-        if not self._on:
+        if not self._on or step % self._every:
             return False
         packed = Packed.of(state)
         description = packed.describe(step)
@@ -110,7 +112,7 @@ class Snapshots:
 
     def _agree(self) -> None:
         """What is sealed, and that everybody has a slot free: over a group that nothing else uses."""
-        says: Says = self._slots.says if self._slots else (-1.0, NEVER)
+        says: Says = self._slots.says if self._slots else NOTHING
         least = torch.tensor(says, dtype=torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:
             if self._group is None:
@@ -119,7 +121,7 @@ class Snapshots:
                 self._group = group
             dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._group)
         if self._slots is not None:
-            self._slots.heard((float(least[0]), float(least[1])))
+            self._slots.heard((float(least[0]), float(least[1]), float(least[2])))
 
 
 def _attempt() -> int:

@@ -37,16 +37,18 @@ class Book:
         """A file that a rank kept while there was no carrier."""
         self._put(self.own, (memory.shape.world, memory.shape.rank), memory)
 
-    def find(self, key: Key, at: Stamp) -> tuple[Memory, int] | None:
-        """A slot that holds a state under whatever stamp, and still is what it was. Own ones first."""
+    def candidates(self, key: Key, at: Stamp) -> Iterator[tuple[Memory, int]]:
+        """Slots that say that they hold a state, under whatever stamp. Own ones first."""
         for where in (self.own, self.copies):
             memory = where.get(key)
             for number, stamp in enumerate(memory.stamps if memory else ()):
                 if stamp is not None and snapshots.origin(stamp, self.parents) == at:
                     assert memory is not None
-                    if memory.whole(number):
-                        return memory, number
-        return None
+                    yield memory, number
+
+    def find(self, key: Key, at: Stamp) -> tuple[Memory, int] | None:
+        """One that still is what it was."""
+        return next((found for found in self.candidates(key, at) if found[0].whole(found[1])), None)
 
     def promote(self, key: Key) -> None:
         """A copy of a rank that runs here from now on."""

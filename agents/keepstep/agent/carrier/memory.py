@@ -81,6 +81,11 @@ class Memory:
         start, data = snapshots.buddy_record(at, next(_generation))
         os.pwrite(self.descriptor, data, start)
 
+    def tell_send(self, ns: int) -> None:
+        """For the rank to read: how long its node takes to send one snapshot of all its ranks."""
+        start, data = snapshots.send_record(ns)
+        os.pwrite(self.descriptor, data, start)
+
     def stamp(self, stamps: Sequence[Stamp | None]) -> None:
         """Other stamps on the same contents; None drops."""
         for number, (slot, at) in enumerate(zip(self.slots, stamps, strict=True)):

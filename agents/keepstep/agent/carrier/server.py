@@ -5,6 +5,7 @@ From a rank    join {rank, world, attempt, description_max, payload_max} -> its 
                begun                                  -> the state that the attempt begins from
                taken                                  (no answer: it is a nudge)
 From the agent hello, held, peers {...}, prepare {...}, end
+               save {dir, ranks, world, at, lineage}  -> {files, about}: see saving
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from typing import Any
 from keepstep.agent.carrier.book import Book
 from keepstep.agent.carrier.frames import shape_of
 from keepstep.agent.carrier.memory import Memory
+from keepstep.agent.carrier.saving import load, save
 from keepstep.agent.carrier.streams import Peers, Streams, attend
 from keepstep.agent.rank import lines
 from keepstep.core.clock import Clock
@@ -43,6 +45,7 @@ class Server:
         self._begun: dict[str, Any] | None = None  # the state that the present attempt begins from
         self._trouble = ""  # why ranks of the present attempt keep no snapshots
         self._connections = 0
+        self._saving = asyncio.Lock()
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -139,6 +142,9 @@ class Server:
                 return answer, [memory.descriptor for memory, _ in found]
             case "begun":
                 return {"begun": self._begun}, ()
+            case "save":
+                async with self._saving:  # who asks again has given up the first
+                    return await save(self.book, request), ()
             case "prepare":
                 await self._prepare(request)
             case "peers":
@@ -192,6 +198,8 @@ class Server:
         memory = request.get("memory")
         if memory is None:
             book.clear()
+            if request.get("saved"):
+                self._begun, self._trouble = await load(book, request)
         else:
             world, at = int(memory["world"]), Stamp(*map(int, memory["at"]))
             wanted = [(int(rank), [str(node) for node in nodes]) for rank, nodes in memory["wanted"]]

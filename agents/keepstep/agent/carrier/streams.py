@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,13 @@ _OPEN_S = 5.0
 _QUIET_S = 10.0  # without a byte from the other side in the middle of something
 _RETRY_S = 0.2
 _LOST_S = 5.0  # then it is no buddy
+_SMALL_S = 30.0  # a node that has no memory for copies is asked again so often
 _AGAIN_S = 0.05  # a buddy without a free slot has one as soon as a newer state is sealed
 _SECRETS_KEPT = 2  # a controller's restart renews them, on one node before the other
+
+
+class _TooSmall(Refused):
+    """The buddy has too little memory: as good as none."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +54,7 @@ class Streams:
         self._news = asyncio.Event()
         self._sent: dict[Key, Stamp] = {}  # what the present buddy is known to have of each rank
         self._lost_at: float | None = None
+        self._rates: deque[float] = deque(maxlen=8)  # bytes/s to the present buddy, its answers included
 
     def nudge(self) -> None:
         """There is a new snapshot, or another buddy."""
@@ -69,12 +76,17 @@ class Streams:
             try:
                 with contextlib.closing(await self._connect(address)) as peer:
                     await self._serve(peer, buddy, address)
+            except _TooSmall as error:
+                _log.warning("%s keeps no copies: %s", buddy, error)
+                self._tell_alone()
+                await asyncio.sleep(_SMALL_S)
             except (KeepstepError, OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
                 self._unreachable(buddy, error)
                 await self._wait(_RETRY_S)
 
     async def _serve(self, peer: socket.socket, buddy: str, address: tuple[str, int]) -> None:
         self._sent.clear()
+        self._rates.clear()
         while self._peers.buddy == buddy and self._peers.addresses.get(buddy) == address:
             again = not await self._bring_up(peer)
             self._lost_at = None
@@ -83,6 +95,7 @@ class Streams:
     async def _bring_up(self, peer: socket.socket) -> bool:
         """Send what the buddy lacks, then hear of all of it. False: it has no room just now."""
         sent: list[tuple[Key, Memory, Stamp]] = []
+        begun, size = self._clock.monotonic(), 0
         own = list(self._book.own.items())
         for key, memory in own:  # all questions first: answers come in order
             if key not in self._sent:
@@ -93,6 +106,7 @@ class Streams:
                 async with asyncio.timeout(_patience_s(memory)):
                     await frames.send_slot(peer, memory, number, do="put", sealed=memory.sealed)
                 sent.append((key, memory, at))
+                size += memory.slots[number].payload_bytes
         room = True
         for key, memory, at in sent:
             async with asyncio.timeout(_patience_s(memory)):
@@ -100,10 +114,21 @@ class Streams:
             if answer.get("ok"):
                 self._sent[key] = at
                 memory.acknowledge(at)
+            elif answer.get("small"):
+                raise _TooSmall("the buddy has no memory for a snapshot", why=str(answer.get("error")))
             elif not answer.get("full"):
                 raise Refused("the buddy refused a snapshot", why=str(answer.get("error")))
             room = room and bool(answer.get("ok"))
+        if size and room:
+            self._measured(size, self._clock.monotonic() - begun)
         return room
+
+    def _measured(self, size: int, seconds: float) -> None:
+        """What a snapshot of all ranks takes to send, by the best of the last rates."""
+        self._rates.append(size / max(seconds, 1e-9))
+        whole = sum(max(slot.payload_bytes for slot in one.slots) for one in self._book.own.values())
+        for memory in self._book.own.values():
+            memory.tell_send(int(whole / max(self._rates) * 1e9))
 
     async def _ask_what_is_there(self, peer: socket.socket, key: Key, memory: Memory) -> None:
         async with asyncio.timeout(_QUIET_S):
@@ -129,6 +154,7 @@ class Streams:
     def _tell_alone(self) -> None:
         for memory in self._book.own.values():
             memory.acknowledge(None)
+            memory.tell_send(0)
 
     async def _wait(self, within_s: float | None) -> None:
         try:
@@ -224,14 +250,23 @@ async def _answer(
 async def _take(peer: socket.socket, frame: dict[str, Any], book: Book) -> dict[str, Any]:
     at = Stamp(int(frame["attempt"]), int(frame["step"]))
     sealed = Stamp(*frame["sealed"]) if frame.get("sealed") else None
+    memory = None
     try:
         memory = book.made(book.copies, frames.shape_of(frame))
         number = book.slot_for(memory, at, sealed)
     except Refused as error:
         await frames.skip(peer, frame)
-        return {"ok": False, "error": str(error), "full": at.attempt >= book.attempt}
+        full = at.attempt >= book.attempt
+        return {
+            "ok": False,
+            "error": str(error),
+            "full": full and memory is not None,
+            "small": memory is None,
+        }
     if sealed is not None:
         memory.seal(sealed)
+        if sealed.attempt == book.attempt:
+            book.leave_other_layouts(memory.shape.world)
     if number is None:
         await frames.skip(peer, frame)
     else:

@@ -11,7 +11,7 @@ Each state has an owner, a deadline and a way back:
     probation    time's: it works, and is looked at more strictly; healthy after `probation`
     replace      a person's, or the hook `ticket`'s; validated when another machine has come
 
-A person may uncordon in any of them.
+A person may uncordon in any of them. What its pool will take away drains, too, and is the pool's.
 """
 
 from enum import StrEnum

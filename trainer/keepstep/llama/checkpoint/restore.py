@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from keepstep.core.checkpoints import MANIFEST, Point, folder_name
 from keepstep.core.errors import KeepstepError
-from keepstep.llama.checkpoint.manifest import Manifest, corrupt
+from keepstep.core.manifest import Manifest, corrupt
 from keepstep.llama.checkpoint.pieces import owned_pieces
 from keepstep.llama.checkpoint.saver import as_fields
 from keepstep.llama.checkpoint.storage import chunks_of, read_chunks

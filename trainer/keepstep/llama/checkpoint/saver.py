@@ -42,7 +42,7 @@ from keepstep.core.checkpoints import (
 from keepstep.core.errors import KeepstepError, TimedOut
 from keepstep.core.ids import Attempt, Step
 from keepstep.core.layout import Layout
-from keepstep.llama.checkpoint.manifest import File, Manifest
+from keepstep.core.manifest import File, Manifest
 from keepstep.llama.checkpoint.pieces import owned_pieces
 from keepstep.llama.checkpoint.storage import SavePieces, Writer, apart, chunks_of
 from keepstep.llama.flat import FlatState
@@ -109,9 +109,7 @@ class Saver:
         self._group, self._session, self._keep, self._wait_s = group, session, keep, wait_s
         self._rank = 0 if group is None else dist.get_rank(group)
         self._ranks = 1 if group is None else dist.get_world_size(group)
-        # Touched now, so that the first save does not pay for page faults.
-        on_device = state.state.is_cuda
-        self._copy = torch.zeros(state.state.shape, pin_memory=on_device)
+        self._copy = torch.empty(state.state.shape, pin_memory=state.state.is_cuda)
         # Replicated parameters are written by the first tensor parallel rank only.
         at = identity.layout.coordinates(self._rank)
         assert at.dp == state.dp_rank, (at, state.dp_rank)

@@ -38,8 +38,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from keepstep.core.errors import InputError
-from keepstep.llama.checkpoint.manifest import File
+from keepstep.core.manifest import SLOTS, File, Manifest
 from keepstep.llama.checkpoint.pieces import Piece
+from keepstep.llama.checkpoint.slots import open_slots
 
 # What a piece is called in a checkpoint, in the order in which a rank's state has the three parts.
 KINDS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
@@ -218,11 +219,27 @@ class _Stream(io.RawIOBase):
 
 def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
     """Fill chunks from a checkpoint, without any other rank. InputError if something is not in it."""
+    manifest = Manifest.read(folder)
+    if manifest.form == SLOTS:
+        _read_slots(folder, manifest, chunks)
+        return
     reader = FileSystemReader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner = LoadPieces(chunks, metadata)
     reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+def _read_slots(folder: Path, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
+    metadata, views = open_slots(folder, manifest)
+    planner = LoadPieces(chunks, metadata)
+    for item in planner.create_local_plan().items:
+        offset = item.storage_index.offset
+        assert offset is not None
+        part = views[item.storage_index.fqn, offset]
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        planner.resolve_tensor(item).copy_(part)
 
 
 def stored_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:

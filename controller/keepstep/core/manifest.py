@@ -1,7 +1,10 @@
 """A checkpoint's manifest: written last, so that its presence means complete, and sealed. No torch.
 
-It names every file with its size and xxh3 checksum, the model and layout that wrote them, and how far the
-data was used. The seal is a digest of the manifest itself, so a flipped byte in it is not taken for truth.
+It names every file with its size and checksum, the model and layout that wrote them, and how far the data was
+used. The seal is a digest of the manifest itself, so a flipped byte in it is not taken for truth.
+
+Two forms of files are known: pieces in PyTorch's distributed format, which ranks write while they train, and
+slots of memory, which carriers write when no rank is left (`core.slotfile`). Both load in every layout.
 """
 
 import hashlib
@@ -11,15 +14,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from keepstep.core import durable
+from keepstep.core import durable, snapshots
 from keepstep.core.checkpoints import MANIFEST, Point, point_of
 from keepstep.core.clock import SystemClock
 from keepstep.core.errors import InputError, KeepstepError
 from keepstep.core.ids import Attempt, Step
 
-FORMAT = 1
+PIECES, SLOTS = "pieces", "slots"
+_FORMATS = {PIECES: 1, SLOTS: 2}  # the first format that knows the form
+FORMAT = 2
 _BLOCK = 1 << 20
 _IRRELEVANT = frozenset({"max_seq", "preset"})  # to the meaning of weights
 
@@ -46,6 +49,7 @@ class Manifest:
     data: Mapping[str, Any]  # the corpus's position
     torch: str
     written_at: float = 0.0  # wall time, for people
+    form: str = PIECES  # of its files
 
     @property
     def at(self) -> Point:
@@ -53,7 +57,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Commit: from the moment of the rename the checkpoint is complete."""
-        value = {"format": FORMAT, **asdict(self), "written_at": SystemClock().wall()}
+        value = {"format": _FORMATS[self.form], **asdict(self), "written_at": SystemClock().wall()}
         durable.write_json(folder / MANIFEST, value | {"seal": _seal(value)})
 
     @classmethod
@@ -140,7 +144,7 @@ def _corrupt(path: Path, why: str) -> CorruptCheckpoint:
 
 
 def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
+    digest = snapshots.digest("xxh3")
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
