@@ -6,9 +6,9 @@ The production triage, breaker and life cycle decide (`keepstep.decide.ward`, th
 reset and reboot); the world is made up by a generator that knows nothing of them. Faults come with the mix
 that stopped the Llama 3 405B run, 62 a day for as many nodes; what no probe can see (silent data corruption,
 watchdog time-outs, software) makes no node sick here. Noise beside them: sensors that are wrong for one
-sample, once or for an hour; floods of XID 45; exceptions of a job's own code; agents that restart and tell all
-again; controllers that restart; a rack that loses power. A sensor that is wrong in two samples in a row is
-taken at its word, as the policy says, and is no noise here. The checker counts by itself.
+sample, once or for an hour; floods of XID 45; exceptions of a job's own code; agents that restart and tell
+all again; controllers that restart; a rack that loses power. A sensor that is wrong in two samples in a row
+is taken at its word, as the policy says, and is no noise here. The checker counts by itself.
 
 The last line is one JSON object: `missed` sick nodes that still got work ten minutes after their fault showed
 (those that the breaker `held` apart), `wrongly_out` well nodes taken out, `breaches` of the blast radius.

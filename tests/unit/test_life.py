@@ -121,6 +121,7 @@ def test_what_still_stands_after_the_repair_is_the_second_time() -> None:
 def test_a_lost_gpu_ends_its_job_at_once_and_a_remapped_row_waits_for_its_end() -> None:
     fleet = Fleet(jobs={"a": "train"})
     fleet.report("a", xid(63))
+    fleet.wait(120.0)  # others might have shown the same
     fleet.wait(6 * 86_400.0)
     assert fleet.state("a") is LifeState.CORDONED
     fleet.wait(86_400.0)

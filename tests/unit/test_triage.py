@@ -41,6 +41,9 @@ STATES = {
 }
 
 
+COMPARED_S = load_rules().correlation.within_s  # what does not drain waits for others to show the same
+
+
 def put_back(fleet: Fleet, node: str) -> None:
     """As a repair and its validation would: well again, with all that is remembered."""
     life = fleet.life(node)
@@ -68,7 +71,8 @@ def test_each_row_of_the_xid_table(code: int) -> None:
         [line] = fleet.lines("node found")
         assert line.startswith(f"XID {code} on GPU-1")
         assert line.endswith(action)
-        assert life.state is STATES[action]
+        fleet.wait(COMPARED_S)
+        assert fleet.state("a") is STATES[action]
         put_back(fleet, "a")
 
 
@@ -126,6 +130,7 @@ def test_a_flood_over_minutes_is_one_event_and_a_flood_without_end_is_not() -> N
     for count in range(500, 700):
         fleet.report("a", xid(13, count=count * 1000))
     assert len(fleet.lines("node found")) == 2
+    fleet.wait(COMPARED_S)
     assert fleet.state("a") is LifeState.CORDONED
 
 
@@ -269,7 +274,9 @@ def test_several_gpus_of_one_job_are_the_jobs_fault() -> None:
     fleet.report("a", xid(31, count=2))  # that first one is not held against it
     assert fleet.state("a") is LifeState.HEALTHY
     fleet.now += 3600.0
-    assert fleet.report("a", xid(31, count=3)).state is LifeState.CORDONED
+    fleet.report("a", xid(31, count=3))
+    fleet.wait(COMPARED_S)
+    assert fleet.state("a") is LifeState.CORDONED
 
 
 def test_one_xid_on_many_nodes_of_a_job_is_the_job_and_drains_are_taken_back() -> None:
@@ -305,5 +312,6 @@ def test_many_nodes_of_a_rack_are_the_rack_until_one_is_left_over() -> None:
         fleet.report(node, times=5)
     fleet.now += 300.0
     fleet.report("d", check("network.link_down", "eth0"))
+    fleet.wait(COMPARED_S)
     assert fleet.state("d") is not LifeState.HEALTHY
     assert {fleet.state(node) for node in "abc"} == {LifeState.HEALTHY}

@@ -125,7 +125,10 @@ class Health:
         return Report(
             epoch=status.epoch,
             checks=tuple(
-                Standing(name=c.name, component=c.component, level=c.level, value=c.value, text=c.text, for_s=c.for_s)
+                Standing(
+                    name=c.name, component=c.component, level=c.level, value=c.value, text=c.text,
+                    for_s=c.for_s,
+                )
                 for c in status.checks
             ),
             faults=tuple(
