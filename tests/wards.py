@@ -9,7 +9,7 @@ from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import LifeState
 from keepstep.decide.breaker import Sizes
 from keepstep.decide.life import Life
-from keepstep.decide.lifecycle import Situation
+from keepstep.decide.lifecycle import Situation, validated
 from keepstep.decide.triage import Counted, Report, Standing
 from keepstep.decide.ward import Looked, Told, Ward
 from keepstep.spec.rules import load_rules
@@ -80,6 +80,17 @@ class Fleet:
             self.say(**{node: Report(epoch=epoch, checks=checks, faults=faults)})
             self.now += 1.0
         return self.life(node)
+
+    def validated(self, node: str, passed: bool, why: str = "") -> None:
+        """The word of a validation."""
+        step = validated(self.life(node), passed=passed, why=why, policy=self.policy, now=self.now)
+        self.take(
+            Looked(
+                lives={Node(node): step.life},
+                told=[Told(kind=f"node {step.life.state}", text=step.told, node=Node(node))],
+            )
+        )
+        self.wait(1.0)
 
     def wait(self, seconds: float) -> None:
         self.now += seconds

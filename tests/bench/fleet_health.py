@@ -37,9 +37,9 @@ from keepstep.core.rules import Hook
 from keepstep.core.states import WORKING, LifeState
 from keepstep.decide.breaker import Sizes
 from keepstep.decide.life import Outcome
-from keepstep.decide.lifecycle import Situation, ended
+from keepstep.decide.lifecycle import Situation, ended, validated
 from keepstep.decide.triage import Counted, Report, Standing
-from keepstep.decide.ward import Ward
+from keepstep.decide.ward import Looked, Ward
 from keepstep.spec.rules import load_rules
 
 RACK, JOB = 32, 1500
@@ -89,7 +89,6 @@ class World:
         hooks = {"reset": Hook(command=("r",)), "reboot": Hook(command=("b",))}
         self.policy = replace(load_rules(), hooks=hooks)
         self.ward = Ward(policy=self.policy)
-        self.validated: dict[Node, bool] = {}
         self.under_way: set[tuple[Node, str]] = set()
         self.now, self._order = 0.0, count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -138,8 +137,6 @@ class World:
                 self.decisions[told.kind] += 1
             for node in looked.lives:
                 self.check(node)
-                if self.ward.life(node).state is not LifeState.VALIDATING:
-                    self.validated.pop(node, None)
             reports = {}
             if not looked.moved:
                 break
@@ -163,10 +160,7 @@ class World:
 
     def where(self, node: Node) -> Situation:
         machine, job = self.machines[node], self.job.get(node)
-        return Situation(
-            idle=job is None, job=job, connected=not machine.silent, rack=self.rack[node],
-            validated=self.validated.get(node),
-        )  # fmt: skip
+        return Situation(idle=job is None, job=job, connected=not machine.silent, rack=self.rack[node])
 
     def serve(self, node: Node) -> None:
         """What the rest of keepstep and the hooks do about a life."""
@@ -176,7 +170,7 @@ class World:
         repair = life.repair
         if life.state is LifeState.REPAIRING and repair and repair.outcome is Outcome.BEGUN:
             self.once(node, repair.key, self.chance.uniform(60, 500), lambda: self.repaired(node, repair.key))
-        if life.state is LifeState.VALIDATING and node not in self.validated:
+        if life.state is LifeState.VALIDATING:
             self.once(node, f"validate {life.revision}", 240.0, lambda: self.validation(node))
 
     def once(self, node: Node, what: str, after_s: float, then: Callable[[], object]) -> None:
@@ -201,7 +195,12 @@ class World:
         machine = self.machines[node]
         if machine.needs == "validation":
             self.well(machine)
-        self.validated[node] = not machine.needs
+        life = self.ward.life(node)
+        if life.state is LifeState.VALIDATING:
+            passed = not machine.needs
+            step = validated(life, passed=passed, why="", policy=self.policy, now=self.now)
+            self.ward.take(Looked(lives={node: step.life}), self.now)
+            self.check(node)
 
     def well(self, machine: Machine) -> None:
         machine.needs, machine.checks, machine.silent = "", set(), False

@@ -48,10 +48,8 @@ def test_the_whole_way_from_an_xid_to_healthy_again() -> None:
     assert repair.action is Action.RESET
     finish(fleet, "a", Outcome.DONE)
     assert fleet.state("a") is LifeState.VALIDATING
-    fleet.situations["a"] = {"validated": True, "why": "4 checks"}
-    fleet.wait(10.0)
+    fleet.validated("a", True, "4 checks")
     assert fleet.state("a") is LifeState.PROBATION
-    del fleet.situations["a"]
     fleet.wait(86_400.0)
     assert fleet.state("a") is LifeState.HEALTHY
     states = [one.kind.removeprefix("node ") for one in fleet.told if one.node == "a"]
@@ -67,8 +65,7 @@ def test_repairs_that_fail_go_on_to_the_next_one_and_then_to_none() -> None:
     assert fleet.state("a") is LifeState.REPAIRING  # it has not come up anew yet
     fleet.report("a", epoch="boot-2")
     assert fleet.state("a") is LifeState.VALIDATING
-    fleet.situations["a"] = {"validated": False, "why": "matmul differs on GPU-1"}
-    fleet.wait(1.0)
+    fleet.validated("a", False, "matmul differs on GPU-1")
     assert fleet.state("a") is LifeState.REPLACE
     assert "matmul differs on GPU-1" in " ".join(fleet.lines("node quarantined"))
 

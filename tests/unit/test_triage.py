@@ -155,6 +155,35 @@ def test_an_agent_that_reads_the_kernels_log_again_counts_the_same() -> None:
     assert len(fleet.lines("node found")) == 1
 
 
+def test_what_a_fresh_agent_tells_of_the_past_is_never_acted_upon() -> None:
+    fleet = Fleet(jobs={"a": "train"})
+    old = xid(48, count=3, age_s=7200.0)
+    assert fleet.report("a", old).state is LifeState.HEALTHY
+    [line] = fleet.lines("node past")
+    assert line == "from before it was watched, not acted upon: XID 48 on GPU-1, 2.0 h ago"
+    fleet.restart()
+    fleet.report("a", old, times=3)
+    assert len(fleet.told) == 1
+    assert fleet.report("a", xid(48, count=4)).state is LifeState.DRAINING
+
+
+def test_what_happened_while_no_controller_watched_is_not_the_past() -> None:
+    fleet = Fleet(jobs={"a": "train"})
+    fleet.report("a")
+    fleet.restart()
+    fleet.now += 3600.0
+    late = xid(48, age_s=1800.0)
+    fleet.say(a=Report(epoch="boot-1", faults=(late,), first=True, unwatched_s=3600.0))
+    assert fleet.state("a") is LifeState.DRAINING
+
+
+def test_a_hung_gpu_that_is_known_by_its_index_only_may_be_the_one_of_before() -> None:
+    fleet = Fleet(jobs={"a": "train"})
+    assert fleet.report("a", check("gpu.hung", "GPU-1"), times=2).plan is Action.REBOOT
+    put_back(fleet, "a")
+    assert fleet.report("a", check("gpu.hung", "1"), times=2).plan is Action.REPLACE
+
+
 def test_an_xid_79_and_what_follows_it_are_one_event() -> None:
     fleet = Fleet(jobs={"a": "train"})
     fleet.report("a", xid(20034, component="switch-0", kind="sxid"))

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Body, Query
 from keepstep.api.auth import Control, Operator, Viewer
 from keepstep.control import requests
 from keepstep.control.desired import unfinished_nodes
+from keepstep.control.health import Validation
 from keepstep.control.loop import Controller
 from keepstep.core.errors import InputError, NotFound
 from keepstep.core.rules import TriagePolicy
@@ -55,6 +56,21 @@ async def history(
         "next": page.next,
         "validations": [asdict(one) for one in validations],
     }
+
+
+@router.post("/{name}/validated")
+async def validated(
+    control: Control,
+    who: Operator,
+    name: str,
+    passed: Annotated[bool, Body()],
+    reason: Annotated[str, Body()] = "",
+) -> dict[str, Any]:
+    """What a validation came to that somebody made by hand."""
+    row = await _row(control, name)
+    came = Validation(passed=passed, text=reason)
+    await control.health.validation(control.fleet, row.name, came, control.write, who.name)
+    return await node(control, who, name)
 
 
 @router.post("/{name}/{verb}")

@@ -172,6 +172,18 @@ def validate(ctx: typer.Context, node: NodeRef, reason: NodeReason = "", output:
     _mark(ctx, "validate", node, reason, output)
 
 
+@app.command("validated")
+def validated(
+    ctx: typer.Context,
+    node: NodeRef,
+    passed: Annotated[bool, typer.Option("--passed/--failed", help="What it came to.")],
+    reason: NodeReason = "",
+    output: Output = "name",
+) -> None:
+    """Say what a validation came to that you made by hand."""
+    _mark(ctx, "validated", node, reason, output, passed=passed)
+
+
 @app.command("note")
 def note(
     ctx: typer.Context,

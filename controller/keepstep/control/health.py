@@ -8,6 +8,7 @@ by what the wall clock says, never backwards and never more than a day, so a clo
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,16 @@ import msgspec
 
 from keepstep.control.book import Book
 from keepstep.control.fleet import Fleet, Member
+from keepstep.control.reported import ATTACHED, Reported
 from keepstep.core.clock import Clock
-from keepstep.core.errors import InputError, NotFound
+from keepstep.core.errors import InputError, NotFound, Refused
 from keepstep.core.ids import JobId, Node
 from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import LifeState, NodeState
-from keepstep.decide.asked import Wish, granted
+from keepstep.decide.asked import Wish, granted, standing
 from keepstep.decide.breaker import Sizes
 from keepstep.decide.life import Life
-from keepstep.decide.lifecycle import Situation
-from keepstep.decide.triage import Counted, Report, Standing
+from keepstep.decide.lifecycle import Situation, validated
 from keepstep.decide.ward import Looked, Told, Ward
 from keepstep.spec.rules import load_rules
 from keepstep.store import Writer
@@ -37,10 +38,19 @@ log = logging.getLogger(__name__)
 _TIME = "health time"  # the store's key: seconds, and the wall clock then
 _AWAY_MAX_S = 86_400.0
 _SAVE_EVERY_S = 20.0
-_SILENT = Standing(name="node.silent", text="no word from its agent")
 _OVER = {"dead", "refused"}
 
 Write = Callable[[Callable[[Writer], Any]], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What one validation of a node came to. `figures`: what it measured, for comparison with others."""
+
+    passed: bool
+    text: str = ""
+    job: str = ""  # that ran it
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Health:
@@ -50,11 +60,8 @@ class Health:
         """Errors: InputError where the policy cannot be used."""
         self.clock, self.policy_file = clock, policy_file
         self.ward = Ward(policy=load_rules(policy_file))
-        self.validated: dict[Node, tuple[bool, str]] = {}  # outcomes that wait to be looked at
         self.decisions: Counter[tuple[str, str]] = Counter()  # by rule and action, of this controller
-        self._reports: dict[Node, HealthStatus] = {}
-        self._seen: dict[Node, object] = {}
-        self._known: set[Node] = set()  # reported to this controller
+        self.reported = Reported()
         self._unsaved: set[Node] = set()
         self._base, self._began, self._saved = 0.0, clock.monotonic(), 0.0
 
@@ -80,7 +87,9 @@ class Health:
         said = store.meta(_TIME).split()
         if len(said) == 2:
             away_s = self.clock.wall() - float(said[1])
-            self._base = float(said[0]) + min(max(away_s, 0.0), _AWAY_MAX_S)
+            self._saved = float(said[0])
+            self.reported = Reported(watched_until=self._saved)
+            self._base = self._saved + min(max(away_s, 0.0), _AWAY_MAX_S)
             self._began = self.clock.monotonic()
         return [from_data(row.data) for row in store.lives()]
 
@@ -89,70 +98,23 @@ class Health:
         for life in self.ward.lives.values():
             self._show(fleet, life)
 
-    # ------------------------------------------------------------ what is reported
-
     def hear(self, member: Member, status: HealthStatus | None) -> bool:
         """Keep the newest report. True if it should be looked at now."""
-        if status is None or member.pool == "run":
-            return False
-        life = self.ward.life(member.name)
-        open_ = life.stands or life.excused or member.name in self.ward.streaks
-        quiet = not status.checks and not open_ and member.name in self._known
-        counts = tuple((f.kind, f.code, f.component, f.count) for f in status.faults)
-        gist = status.epoch, counts
-        if quiet and gist == self._seen.get(member.name):
-            return False
-        news = gist != self._seen.get(member.name)
-        self._reports[member.name] = status
-        return bool(news)
-
-    def _taken(self, fleet: Fleet) -> dict[Node, Report]:
-        reports = {node: self._report(node, status) for node, status in self._reports.items()}
-        talking = sum(member.talks(fleet.time) for member in fleet.members.values())
-        silent_s = self.policy.deadlines.silent_s
-        for member in fleet.members.values():
-            if member.name in reports or member.pool == "run":
-                continue
-            stands = self.ward.life(member.name).stands
-            quiet = member.state in (NodeState.SILENT, NodeState.LOST)
-            if quiet and talking and fleet.time.age(member.heard_at) >= silent_s:
-                reports[member.name] = Report(checks=(_SILENT,))
-            elif _SILENT.key in stands and member.talks(fleet.time):
-                reports[member.name] = Report()
-        return reports
-
-    def _report(self, node: Node, status: HealthStatus) -> Report:
-        return Report(
-            epoch=status.epoch,
-            checks=tuple(
-                Standing(
-                    name=c.name, component=c.component, level=c.level, value=c.value, text=c.text,
-                    for_s=c.for_s,
-                )
-                for c in status.checks
-            ),
-            faults=tuple(
-                Counted(
-                    kind=f.kind, code=f.code, component=f.component, count=f.count, age_s=f.last_age_s,
-                    text=f.text,
-                )
-                for f in status.faults
-            ),
-            first=node not in self._known,
-        )  # fmt: skip
+        return self.reported.hear(member, status, self.ward, self.now)
 
     # ------------------------------------------------------------ looking and writing down
 
     async def look(self, fleet: Fleet, book: Book, write: Write) -> bool:
         """One look, written down and taken over. True if another one may bring more."""
-        now, reports, statuses = self.now, self._taken(fleet), dict(self._reports)
+        now, statuses = self.now, dict(self.reported.statuses)
+        reports = self.reported.taken(fleet, self.ward, now)
         saving = now - self._saved >= _SAVE_EVERY_S
         going = [member.name for member in fleet.members.values() if member.leaves]
-        if not (reports or self.ward.busy or going or (saving and self._unsaved)):
+        if not (reports or self.ward.busy or going or saving):
             return False
-        places = _Places(fleet, book, self.validated, self.policy.correlation.rack_label)
+        places = _Places(fleet, book, self.policy.correlation.rack_label)
         looked = self.ward.look(reports, places.situation, places.sizes(), now, going)
-        if looked.urgent or looked.told or (saving and (self._unsaved or looked.lives)):
+        if looked.urgent or looked.told or saving:
             nodes = {**{n: self.ward.life(n) for n in self._unsaved}, **looked.lives}
             await write(lambda writer: self._write(writer, nodes.values(), looked.told, now))
             self._unsaved.clear()
@@ -160,12 +122,7 @@ class Health:
         else:
             self._unsaved |= set(looked.lives)
         self._take(looked, fleet, now)
-        for node, status in statuses.items():
-            self._known.add(node)
-            counts = tuple((f.kind, f.code, f.component, f.count) for f in status.faults)
-            self._seen[node] = status.epoch, counts
-            if self._reports.get(node) is status:
-                del self._reports[node]
+        self.reported.looked_at(statuses)
         return looked.moved
 
     def _take(self, looked: Looked, fleet: Fleet, now: float) -> None:
@@ -174,9 +131,6 @@ class Health:
             if told.action:
                 self.decisions[told.rule, told.action] += 1
             log.info("%s: %s: %s", told.node or told.job, told.kind, told.text)
-        for node, life in looked.lives.items():
-            if life.state is not LifeState.VALIDATING:
-                self.validated.pop(node, None)
         for node in {*looked.lives, *self.ward.busy}:
             self._show(fleet, self.ward.life(node))
 
@@ -210,6 +164,25 @@ class Health:
         text = f"{wish.verb} by {wish.who}" + (f": {wish.reason}" if wish.reason else "")
         return await self.change(fleet, member.name, change, f"node {wish.verb}", text, write, wish.who)
 
+    async def validation(
+        self, fleet: Fleet, node: Node, came: Validation, write: Write, who: str = ""
+    ) -> Life:
+        """What a validation came to moves the node's life on. Errors: Refused where it is not validating."""
+
+        def change(life: Life) -> Life:
+            if life.state is not LifeState.VALIDATING:
+                raise Refused(f"node {node} is not validating", why=f"it is {standing(life)}")
+            return validated(life, passed=came.passed, why=came.text, policy=self.policy, now=self.now).life
+
+        def note(writer: Writer) -> None:
+            writer.add_validation(
+                node, job=came.job, passed=came.passed, text=came.text, figures=came.figures
+            )
+
+        outcome = "passed" if came.passed else "failed"
+        text = f"validation {outcome}{f': {came.text}' if came.text else ''}"
+        return await self.change(fleet, node, change, "node validated", text, write, who, note)
+
     async def change(
         self,
         fleet: Fleet,
@@ -219,6 +192,7 @@ class Health:
         text: str,
         write: Write,
         who: str = "",
+        also: Callable[[Writer], None] | None = None,
     ) -> Life:
         """Change one life: decided on the store's thread, inside the lock, by what it is at that moment."""
         changed: list[Life] = []
@@ -229,6 +203,8 @@ class Health:
             if after != before:
                 save(writer, after)
                 writer.add_event(NewEvent(kind=kind, text=text, node=node, principal=who))
+                if also is not None:
+                    also(writer)
                 writer.set_meta(_TIME, f"{self.now!r} {self.clock.wall()!r}")
             changed.append(after)
             self.ward.take(Looked(lives={node: after}), self.now)
@@ -257,10 +233,8 @@ def from_data(data: Mapping[str, Any]) -> Life:
 class _Places:
     """What is on each node now, put together once for a look."""
 
-    def __init__(
-        self, fleet: Fleet, book: Book, validated: Mapping[Node, tuple[bool, str]], rack_label: str
-    ) -> None:
-        self._fleet, self._validated, self._rack_label = fleet, validated, rack_label
+    def __init__(self, fleet: Fleet, book: Book, rack_label: str) -> None:
+        self._fleet, self._rack_label = fleet, rack_label
         self._jobs: dict[Node, JobId] = {}
         self._sizes: dict[JobId, int] = {}
         for entry in book.entries.values():
@@ -274,15 +248,12 @@ class _Places:
             return Situation(connected=False)
         left = [heard for key, heard in member.attempts.items() if key in member.current]
         idle = node not in self._jobs and all(heard.status.phase in _OVER for heard in left)
-        passed, why = self._validated.get(node, (None, ""))
         return Situation(
             idle=idle,
             job=self._jobs.get(node),
             connected=member.talks(self._fleet.time),
             rack=member.labels.get(self._rack_label, ""),
             gpus=tuple(sorted(member.register.gpus)) if member.register else (),
-            validated=passed,
-            why=why,
             pool=member.pool,
             leaves=member.leaves,
             leaves_in_s=member.leaves_in_s,
@@ -292,7 +263,7 @@ class _Places:
         racks: Counter[str] = Counter()
         fleet = 0
         for member in self._fleet.members.values():
-            if member.pool != "run" and member.state is not NodeState.GONE:
+            if member.pool != ATTACHED and member.state is not NodeState.GONE:
                 fleet += 1
                 racks[member.labels.get(self._rack_label, "")] += 1
         return Sizes(fleet=fleet, racks=racks, jobs=self._sizes)

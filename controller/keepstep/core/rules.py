@@ -122,6 +122,7 @@ class Hysteresis:
     cool_down_s: float = 1800.0  # least time out of service
     burst_gap_s: float = 60.0  # events closer than this are one
     burst_s: float = 600.0  # but not for longer than this
+    past_s: float = 600.0  # an event that is first told so late is history, unless nobody watched since
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,8 +36,6 @@ class Situation:
     connected: bool = True
     rack: str = ""
     gpus: tuple[str, ...] = ()
-    validated: bool | None = None  # what the validation came to that belongs to this time out; None: not yet
-    why: str = ""  # what it said
     pool: str = ""
     leaves: str = ""  # why its pool will take it away, or ""
     leaves_in_s: float | None = None  # None: it did not say when
@@ -68,7 +66,7 @@ def advance(life: Life, at: Situation, policy: TriagePolicy, now: float, room: R
         case LifeState.REPAIRING:
             return _repairing(life, at, policy, now)
         case LifeState.VALIDATING:
-            return _validating(life, at, policy, now)
+            return _validating(life, policy, now)
         case LifeState.REPLACE:
             return _replaced(life, at, policy, now)
 
@@ -259,26 +257,26 @@ def _repairing(life: Life, at: Situation, policy: TriagePolicy, now: float) -> S
     return None
 
 
-def _validating(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
+def _validating(life: Life, policy: TriagePolicy, now: float) -> Step | None:
     worse = [need for need in life.pressing if need.at >= life.since and need.action.takes_out]
     if worse:
         return _failed(life, now, f"while it was validated: {worse[0].reason}", policy)
-    if at.validated is False:
-        return _failed(life, now, f"its validation failed: {at.why}", policy)
-    if at.validated:
-        clean = replace(life, needs=(), stands={}, plan=Action.NOTHING)
-        reason = f"its validation passed{f': {at.why}' if at.why else ''}"
-        return _step(clean, LifeEvent.PASS, now, reason, due=now + policy.deadlines.probation_s)
-    if life.due is not None and now >= life.due:
-        if life.by_person:
-            return None
-        return _failed(
-            life,
-            now,
-            f"its validation did not come to an end in time{f': {at.why}' if at.why else ''}",
-            policy,
-        )
+    if life.due is not None and now >= life.due and not life.by_person:
+        return _failed(life, now, "its validation did not come to an end in time", policy)
     return None
+
+
+def validated(life: Life, *, passed: bool, why: str, policy: TriagePolicy, now: float) -> Step:
+    """What a validation came to: on to probation, or back for the next repair.
+
+    Errors: UnknownTransition where the node is not validating.
+    """
+    said = f": {why}" if why else ""
+    if not passed:
+        return _failed(life, now, f"its validation failed{said}", policy)
+    clean = replace(life, needs=(), stands={}, plan=Action.NOTHING)
+    due = now + policy.deadlines.probation_s
+    return _step(clean, LifeEvent.PASS, now, f"its validation passed{said}", due=due)
 
 
 def _failed(life: Life, now: float, why: str, policy: TriagePolicy) -> Step:

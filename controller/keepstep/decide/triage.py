@@ -47,6 +47,7 @@ class Counted:
     count: int = 1
     age_s: float = 0.0  # of the last one
     text: str = ""
+    elsewhere: bool = False  # another node of the same machine answers for it
 
     @property
     def key(self) -> str:
@@ -61,6 +62,8 @@ class Report:
     checks: tuple[Standing, ...] = ()
     faults: tuple[Counted, ...] = ()
     first: bool = False  # since the controller's start: nobody saw how the node came to its epoch
+    unwatched_s: float = 0.0  # since its last report: what is older than that was told before, or is the past
+    boot_elsewhere: bool = False  # another node of the same machine answers for its boots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,7 @@ class Triaged:
     life: Life
     streaks: Mapping[str, int]  # by check: reports in a row with it, or (negative) without it
     found: tuple[Found, ...] = ()
+    past: tuple[str, ...] = ()  # what happened before anybody watched: counted, never acted upon
     urgent: bool = False  # must be stored now; else within the burst's gap
 
 
@@ -98,6 +102,7 @@ class _Look:
     policy: TriagePolicy
     now: float
     found: list[Found] = field(default_factory=list)
+    past: list[str] = field(default_factory=list)
 
 
 def triage(
@@ -108,10 +113,12 @@ def triage(
     if report.epoch:
         _epoch(look, report)
         for fault in report.faults:
-            _fault(look, fault)
+            _fault(look, fault, report.unwatched_s)
     after = _checks(look, report.checks, streaks)
-    urgent = bool(look.found) or _gist(look.life) != _gist(life)
-    return Triaged(life=look.life, streaks=after, found=tuple(look.found), urgent=urgent)
+    urgent = bool(look.found or look.past) or _gist(look.life) != _gist(life)
+    return Triaged(
+        life=look.life, streaks=after, found=tuple(look.found), past=tuple(look.past), urgent=urgent
+    )
 
 
 def needed(life: Life, found: Found, *, blamed: str = "", job: JobId | None = None, rack: str = "") -> Life:
@@ -146,11 +153,11 @@ def _epoch(look: _Look, report: Report) -> None:
     needs = gone if life.works or life.state is LifeState.SUSPECT else life.needs
     booted_out = bool(life.epoch) and not life.works
     look.life = replace(life, epoch=epoch, counts={}, needs=needs, booted_out=booted_out)
-    if known and (life.works or life.state is LifeState.SUSPECT):
+    if known and not report.boot_elsewhere and (life.works or life.state is LifeState.SUSPECT):
         _find(look, "node.rebooted", 0, "", look.now, "boot", "an unexpected boot")
 
 
-def _fault(look: _Look, fault: Counted) -> None:
+def _fault(look: _Look, fault: Counted, unwatched_s: float) -> None:
     rule = look.policy.rule(fault.kind, fault.code)
     if rule is None or set(rule.actions) == {Action.NOTHING}:
         return
@@ -158,10 +165,15 @@ def _fault(look: _Look, fault: Counted) -> None:
     if fault.count <= before:
         return
     look.life = replace(look.life, counts={**look.life.counts, fault.key: fault.count})
+    if fault.elsewhere:
+        return
     at = look.now - max(0.0, fault.age_s)
     if any(repair.at > at for repair in look.life.repairs):
         return  # its cause has been repaired since; only the word of it comes late
     what = f"{_named(fault)}{f' on {fault.component}' if fault.component else ''}"
+    if fault.age_s > look.policy.hysteresis.past_s + unwatched_s:
+        look.past.append(f"{what}, {fault.age_s / 3600:.1f} h ago")
+        return
     _find(look, fault.kind, fault.code, fault.component, at, fault.key, what, count=fault.count - before)
 
 
@@ -309,7 +321,13 @@ def _worn_out(life: Life, policy: TriagePolicy, now: float) -> str:
 
 
 def _of(life: Life, rule: Rule, component: str) -> list[Entry]:
-    return [entry for entry in life.entries if (entry.rule, entry.component) == (rule.name, component)]
+    """Earlier ones of the same. A GPU that is known by its index only may be any of them."""
+    return [
+        entry
+        for entry in life.entries
+        if entry.rule == rule.name
+        and (entry.component == component or component.isdecimal() or entry.component.isdecimal())
+    ]
 
 
 def _gist(life: Life) -> object:

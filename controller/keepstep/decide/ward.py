@@ -19,6 +19,7 @@ from keepstep.decide.triage import Found, Report, needed, triage
 
 _RECENT_MAX = 20_000
 _SAY_AGAIN_S = 600.0
+_PAST_TOLD = 5
 
 Where = Callable[[Node], Situation]
 
@@ -127,6 +128,10 @@ class Ward:
             looked.urgent.add(node)
         for found in seen.found:
             self._found(looked, found, at, now)
+        if seen.past:
+            more = f" and {len(seen.past) - _PAST_TOLD} more" if len(seen.past) > _PAST_TOLD else ""
+            text = f"from before it was watched, not acted upon: {'; '.join(seen.past[:_PAST_TOLD])}{more}"
+            looked.told.append(Told(kind="node past", text=text, node=node))
 
     def _found(self, looked: Looked, found: Found, at: Situation, now: float) -> None:
         bounds = self.policy.correlation
