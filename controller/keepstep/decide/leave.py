@@ -10,7 +10,7 @@ from keepstep.core.states import AttemptState, LifeState
 from keepstep.decide.life import KEEPSTEP
 from keepstep.decide.place import Holders, listed, place, survey
 from keepstep.decide.plan import End, Policy, Verdict, Wait
-from keepstep.decide.recover import moment
+from keepstep.decide.recover import keeps_checkpoints, moment
 from keepstep.decide.view import AttemptView, JobView, NodeView, View
 
 LEAVES = "leaves "  # how the reason of a job begins whose node drains
@@ -29,7 +29,8 @@ def leave(job: JobView, attempt: AttemptView, view: View, held: Holders, policy:
         return None
     left_s = min(node.drain_s or 0.0 for node in going)
     room = place(job, survey(job, view.nodes, held, attempt.nodes), attempt.layout)
-    now = moment(job, attempt, 0.0, policy) if runs else "no step is lost"
+    unbegun = not runs and keeps_checkpoints(job)
+    now = "no step is lost" if unbegun else moment(job, attempt, 0.0, policy)
     if room is not None and now is not None:
         return _end(job, attempt, going, left_s, f"moves to {listed(room.nodes)}; {now}")
     if left_s <= policy.leave_before_s:
