@@ -40,10 +40,8 @@ class Machines:
 
     def xid(self, node: str, code: int, gpu: int = 0, times: int = 1) -> None:
         """The kernel's lines, now."""
-        now, text = (
-            int(seconds_since_boot() * 1e6),
-            f"NVRM: Xid (PCI:0000:{0x0F + gpu:02x}:00): {code}, pid=7",
-        )
+        now = int(seconds_since_boot() * 1e6)
+        text = f"NVRM: Xid (PCI:0000:{0x0F + gpu:02x}:00): {code}, pid=7"
         first = self.lines[node] + 1
         self.lines[node] += times
         with self.logs[node].open("a") as file:
