@@ -21,8 +21,9 @@ class Machines:
         self.logs = {node: folder / f"{node}.kmsg" for node in nodes}
         self.lines = dict.fromkeys(nodes, 0)
         self.agents: dict[str, Agent] = {}
+        self.drivers: dict[str, Standin] = {}
         for node in nodes:
-            driver = Standin(folder / f"nvml-{node}", gpus=gpus)
+            driver = self.drivers[node] = Standin(folder / f"nvml-{node}", gpus=gpus)
             for number in range(gpus):
                 driver.gpu(number).uuid = self.gpu(node, number).encode()
             self.logs[node].touch()

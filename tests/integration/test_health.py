@@ -2,14 +2,17 @@
 
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from keepstep.core.errors import Refused
+from keepstep.spec.rules import load_rules
 from machines import Machines
 from nvml_standin import compiler_here
+from wards import XIDS
 
 pytestmark = pytest.mark.skipif(
     compiler_here() is None,
@@ -34,19 +37,24 @@ run:
   ship: none
   warm: never
 """
-NODES = ("g1", "g2", "g3")
+NODES, GPUS = ("g1", "g2", "g3"), 16
 
 
-@pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Machines]:
-    made = Machines(tmp_path, *NODES, policy=POLICY % (tmp_path / "done"))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("health")
+
+
+@pytest.fixture(scope="module")
+def machines(folder: Path) -> Iterator[Machines]:
+    made = Machines(folder, *NODES, gpus=GPUS, policy=POLICY % (folder / "done"))
     yield made
     made.close()
 
 
-def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) -> None:
+def test_from_an_xid_to_the_repair_and_back(machines: Machines, folder: Path) -> None:
     cluster = machines.cluster
-    job = cluster.submit(JOB.format(python=sys.executable, folder=tmp_path))
+    job = cluster.submit(JOB.format(python=sys.executable, folder=folder))
     told = cluster.wait(job, lambda told: told["attempt"] and len(cluster.ranks(job)) == 2)
     first, sick = told["attempt"]["nodes"]
     spare = (set(NODES) - {first, sick}).pop()
@@ -71,7 +79,7 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) 
     [incident] = cluster.incidents(job)
     assert (incident["verdict"], incident["culprit"]["node"]) == ("sick node", sick), incident
     machines.until(sick, "validating")
-    [done] = (tmp_path / "done").read_text().splitlines()
+    [done] = (folder / "done").read_text().splitlines()
     assert (
         done.startswith(f"{sick}: drain and reset (") and f"XID 48 on {machines.gpu(sick)} (GPU needs" in done
     )
@@ -89,6 +97,11 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) 
     [validation] = cluster.client.get(f"/nodes/{sick}/history")["validations"]
     assert (validation["passed"], validation["text"]) == (True, "by hand")
 
+    with urllib.request.urlopen(f"{cluster.running.url}/metrics", timeout=10) as answer:  # noqa: S310
+        metrics = answer.read().decode()
+    assert 'keepstep_node_lives{life="healthy"} 3.0' in metrics
+    assert 'keepstep_health_decisions_total{action="drain and reset",rule="GPU needs a reset"} 1.0' in metrics
+
     # People: who and why, everywhere.
     cluster.client.post(f"/nodes/{sick}/cordon", {"reason": "fans"})
     shown = machines.node(sick)
@@ -98,3 +111,33 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) 
     assert machines.history(sick)[-1]["principal"] == shown["life_owner"]
     cluster.client.post(f"/jobs/{job}/cancel")
     cluster.wait_state(job, "cancelled")
+
+
+def test_every_row_of_the_xid_table_by_way_of_the_kernels_log(machines: Machines) -> None:
+    """With a node out already, the breaker holds this one: so each finding is seen for itself."""
+    cluster, (out, node, _) = machines.cluster, NODES
+    cluster.client.post(f"/nodes/{out}/cordon", {"reason": "so that no other goes"})
+    before = len(machines.history(node))
+    used: dict[str, int] = {}
+    expected = set()
+    for code, (_, actions) in XIDS.items():
+        rule = load_rules().rule("xid", code)
+        assert rule is not None
+        gpu = used[rule.name] = used.get(rule.name, 0) + 1  # the same rule on the same GPU is one burst
+        machines.xid(node, code, gpu)
+        if actions:
+            where = machines.gpu(node, gpu)
+            expected.add(f"XID {code} on {where} ({rule.name}): {actions[0]}")
+    machines.drivers[node].lose(GPUS - 1)  # and no line says so
+    lost = machines.gpu(node, GPUS - 1)
+
+    def found() -> set[str]:
+        events = machines.history(node)[before:]
+        return {event["text"] for event in events if event["kind"] == "node found"}
+
+    cluster.until(lambda: len(found()) > len(expected), "all of them to be found")
+    [line] = found() - expected
+    assert line.startswith(f"gpu.lost on {lost}") and line.endswith("(GPU off the bus): reboot")
+    told = [event["text"] for event in machines.history(node) if event["kind"] == "node held"]
+    assert told and "the breaker holds g2: 1 of 3 nodes of the fleet are out already" in told[0]
+    assert machines.node(node)["life"] == "healthy"
