@@ -70,7 +70,7 @@ def spent(machines: Machines, seconds: float, lines: int = 0) -> dict[str, float
     before, began = cpu_s(machines), time.monotonic()
     batches = int(seconds * BATCHES_HZ)
     for number in range(batches):
-        machines.xid(NODE, 45, times=lines // batches)
+        machines.xid(NODE, 45, times=lines * (number + 1) // batches - lines * number // batches)
         time.sleep(max(0.0, began + (number + 1) / BATCHES_HZ - time.monotonic()))
     took_s = time.monotonic() - began
     return {name: (cpu - before[name]) / took_s for name, cpu in cpu_s(machines).items()}
