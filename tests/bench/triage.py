@@ -104,18 +104,18 @@ def main() -> None:
             flood = spent(machines, options.flood, options.lines)
             flood_s = time.monotonic() - began
             behind_s = caught_up(machines, options.lines)
-            changes = len(machines.history(NODE)) - len(before)
+            changed = [f"{e['kind']}: {e['text']}" for e in machines.history(NODE)[len(before) :]]
             life = machines.node(NODE)["life"]
         finally:
             machines.close()
     share = sum(flood.values()) - sum(idle.values())
     figures = {
         "xid_to_decision_s": max(took), "xid_to_decision_s_median": statistics.median(took),
-        "flood_core_share": share, "flood_changes": changes + (life != "healthy"),
+        "flood_core_share": share, "flood_changes": len(changed) + (life != "healthy"),
     }  # fmt: skip
     context = {
         "load": round(os.getloadavg()[0], 1), "flood_s": round(flood_s, 1), "lines": options.lines,
-        "counted_after_s": round(behind_s, 1), "idle": idle, "flood": flood,
+        "counted_after_s": round(behind_s, 1), "changed": changed[:5], "idle": idle, "flood": flood,
     }  # fmt: skip
     rounded = {name: float(f"{value:.3g}") for name, value in figures.items()}
     print(json.dumps({"bench": "triage", "figures": rounded, "context": context}))

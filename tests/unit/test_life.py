@@ -182,7 +182,7 @@ def test_what_its_pool_takes_away_drains_and_is_put_back_when_it_stays() -> None
     fleet.situations["a"] = {"pool": "ray", "leaves": "Ray drains it", "leaves_in_s": 90.0}
     fleet.wait(1.0)
     life = fleet.life("a")
-    assert (life.state, life.owner, life.due) == (LifeState.DRAINING, "ray", fleet.now + 90.0)
+    assert (life.state, life.owner, life.due) == (LifeState.DRAINING, "pool ray", fleet.now + 90.0)
     assert life.reason == "pool ray takes it away: Ray drains it"
     fleet.situations["a"]["leaves_in_s"] = 30.0
     fleet.wait(1.0)
@@ -209,10 +209,10 @@ def test_a_node_of_a_pool_that_goes_empty_waits_for_its_end_and_is_not_repaired(
 
 def test_a_persons_cordon_outlasts_a_pools_change_of_mind() -> None:
     fleet = Fleet()
-    ask(fleet, "a", "cordon", reason="fans")
+    ask(fleet, "a", "cordon", who="ray", reason="fans")
     fleet.situations["a"] = {"pool": "ray", "leaves": "Ray drains it"}
     fleet.wait(1.0)
-    assert (fleet.life("a").works, fleet.life("a").owner) == (False, "ada")
+    assert (fleet.life("a").works, fleet.life("a").owner) == (False, "ray")
     fleet.situations["a"] = {"pool": "ray"}
     fleet.wait(600.0)
     assert not fleet.life("a").works
