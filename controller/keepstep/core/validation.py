@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 
 MARK = "keepstep.validate "
+TRAINING = "training"  # the last workload: whoever has said it has said everything
 
 
 class Outcome(StrEnum):

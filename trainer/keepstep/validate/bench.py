@@ -32,12 +32,8 @@ class Sizes:
     reduce_elements: int
 
 
-CPU = Sizes(
-    matrix=384, repeats=8, memory_bytes=32 * 2**20, chunk_bytes=8 * 2**20, reduce_elements=2**20
-)
-CUDA = Sizes(
-    matrix=2048, repeats=400, memory_bytes=2**50, chunk_bytes=256 * 2**20, reduce_elements=2**26
-)
+CPU = Sizes(matrix=384, repeats=8, memory_bytes=32 * 2**20, chunk_bytes=8 * 2**20, reduce_elements=2**20)
+CUDA = Sizes(matrix=2048, repeats=400, memory_bytes=2**50, chunk_bytes=256 * 2**20, reduce_elements=2**26)
 _FREE_SHARE = 0.8  # of a GPU's memory; the rest is for the library's own
 
 
@@ -50,8 +46,8 @@ class Bench:
     @property
     def kind(self) -> str:
         if self.cuda:
-            return f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}"
-        return f"{_cpu()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+            return f"cuda {torch.cuda.get_device_name(self.device)}, torch {torch.__version__}"
+        return f"cpu {_cpu()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
     @property
     def memory_bytes(self) -> int:
@@ -77,14 +73,16 @@ class Bench:
 def checksum(tensor: Tensor) -> str:
     """Of every bit."""
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(raw, digest_size=8).hexdigest()
+    return hashlib.blake2b(raw.data, digest_size=8).hexdigest()
 
 
 def _cpu() -> str:
     """Model and widest vectors: what decides in which order a library adds."""
     try:
         with open("/proc/cpuinfo") as told:  # noqa: PTH123
-            name = next((line.partition(":")[2].strip() for line in told if line.startswith("model name")), "")
+            name = next(
+                (line.partition(":")[2].strip() for line in told if line.startswith("model name")), ""
+            )
     except OSError:
         name = ""
     return f"{name or platform.machine()} {torch.backends.cpu.get_cpu_capability()} of {os.cpu_count()}"

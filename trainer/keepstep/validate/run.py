@@ -5,6 +5,7 @@ whenever everything was said: what it means is decided where all results are tog
 """
 
 import argparse
+import functools
 import json
 import os
 import threading
@@ -34,7 +35,7 @@ class Rank:
         self._done = 0
 
     def run(self, workload: str, work: Work) -> bool:
-        """False after an error: what is shared with other ranks may be left in the middle."""
+        """Whether it came to an end, with whatever result."""
         started = time.perf_counter()
         watch = threading.Timer(self._deadline_s, self._hung, (workload,))
         watch.daemon = True
@@ -70,36 +71,41 @@ class Rank:
             workload=workload, outcome=outcome, device=self._bench.kind, checksum=checksum, figure=figure,
             unit=unit, took_s=took_s, text=text,
         )  # fmt: skip
-        os.write(_OUT, f"{result.line}\n".encode())  # at once and whole: the process may end with the next line
+        os.write(
+            _OUT, f"{result.line}\n".encode()
+        )  # at once and whole: the process may end with the next line
 
 
 def main(arguments: Sequence[str]) -> int:
     asked = _parser().parse_args(arguments)
     bench = Bench(parallel.device_of(os.environ))
     rank = Rank(bench, asked.deadline)
-    for workload, work in _workloads(bench, asked):
+    for workload, work in _alone(bench) if not asked.pair else ():
+        rank.run(workload, work)
+    for workload, work in _together(bench, asked):
         if not rank.run(workload, work):
-            break
+            os._exit(0)  # others may be in the middle of it: leaving in order would wait for them
     parallel.leave()
     return 0
 
 
-def _workloads(bench: Bench, asked: argparse.Namespace) -> Iterator[tuple[str, Work]]:
-    """In the order of what they build on. `pair`: only what two nodes do together."""
+def _alone(bench: Bench) -> Iterator[tuple[str, Work]]:
+    for workload, work in (
+        ("matmul", workloads.matmul),
+        ("rounding", workloads.rounding),
+        ("memory", workloads.memory),
+        ("copying", workloads.copying),
+    ):
+        yield workload, functools.partial(work, bench)
+
+
+def _together(bench: Bench, asked: argparse.Namespace) -> Iterator[tuple[str, Work]]:
     world_size, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if not asked.pair:
-        yield "matmul", lambda: workloads.matmul(bench)
-        yield "rounding", lambda: workloads.rounding(bench)
-        yield "memory", lambda: workloads.memory(bench)
-        yield "copying", lambda: workloads.copying(bench)
     if world_size > 1:
         yield "meeting", lambda: _meet(bench, asked.deadline)
         yield "all-reduce", lambda: together.all_reduce(bench, world_size, number)
     shape = _shape(asked)
-    yield (
-        "training",
-        lambda: together.training(bench, shape, current(), timeout_s=2 * asked.deadline),
-    )
+    yield shape.workload, lambda: together.training(bench, shape, timeout_s=2 * asked.deadline)
 
 
 def _meet(bench: Bench, deadline_s: float) -> Measured:
@@ -120,7 +126,7 @@ def _shape(asked: argparse.Namespace) -> together.Shape:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m keepstep.validate", description=__doc__)
-    parser.add_argument("--pair", action="store_true", help="only what nodes do together")
+    parser.add_argument("--pair", action="store_true", help="only what two nodes do together")
     parser.add_argument("--deadline", type=float, default=60.0, help="of each workload, in seconds")
     parser.add_argument("--model", help="shape of the model to train, as JSON (default: a small one)")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks of that model")

@@ -99,9 +99,7 @@ def copying(bench: Bench) -> Measured:
 
     took_s = min(bench.seconds(both_ways) for _ in range(4))  # the first touches pages
     wrong = "" if torch.equal(back, host) else "what came back is not what was sent"
-    return Measured(
-        checksum=checksum(back), figure=2.0 * words * 8 / took_s / 1e9, unit="GB/s", wrong=wrong
-    )
+    return Measured(checksum=checksum(back), figure=2.0 * words * 8 / took_s / 1e9, unit="GB/s", wrong=wrong)
 
 
 def _whole(size: int, chance: torch.Generator) -> Tensor:
