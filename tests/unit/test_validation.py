@@ -74,14 +74,33 @@ def test_another_checksum_than_the_fleet() -> None:
 
 def test_slow_is_below_the_fleets_median_and_says_how_much() -> None:
     found = judged(good(0, figure=400.0), good(1), history=fleet(790, 800, 810, 100))
-XX    assert judged(good(0, figure=700.0), good(1), history=fleet(790, 800, 810)).verdict is Verdict.OK
+    assert found.verdict is Verdict.SLOW
+    assert found.reason == "matmul is 2.0 times slower than the median of 4 others"
+    assert judged(good(0, figure=700.0), good(1), history=fleet(790, 800, 810)).verdict is Verdict.OK
     assert judged(good(0, figure=1.0), good(1)).verdict is Verdict.OK  # nothing to compare it with
 
 
 def test_a_rank_that_says_nothing_hangs() -> None:
     found = judged(good(0), good(1)[:1])
-    assert (found.verdict, found.reason) == (Verdict.HUNG, "rank 1 of 2 said nothing after matmul")
-    assert judged([], []).reason == "rank 0 of 2 said nothing at all"
+    assert (found.verdict, found.reason) == (
+        Verdict.HUNG,
+        "validation on rank 1: it said nothing after matmul",
+    )
+    assert judged([], []).reason == "validation on ranks 0, 1: it said nothing at all"
+
+
+def test_who_waits_for_a_failed_one_is_not_the_reason() -> None:
+    lost = good(1, outcome=Outcome.FAILED, text="fell off the bus")[:1]
+    waited = [good(0)[0], replace(good(0)[1], workload="all-reduce", outcome=Outcome.HUNG)]
+    found = judged(waited, lost)
+    assert (found.verdict, found.reason) == (Verdict.FAILED, "matmul on rank 1: fell off the bus")
+
+
+def test_who_lost_its_connection_to_one_that_hangs_is_not_the_reason() -> None:
+    left = replace(good(0)[0], workload="all-reduce", outcome=Outcome.FAILED, text="connection closed")
+    hung = replace(good(1)[0], workload="all-reduce", outcome=Outcome.HUNG, text="not done after 60 s")
+    found = judged([good(0)[0], left], [good(1)[0], hung])
+    assert (found.verdict, found.reason) == (Verdict.HUNG, "all-reduce on rank 1: not done after 60 s")
 
 
 def test_results_are_found_among_other_lines() -> None:

@@ -56,14 +56,8 @@ def judge(
     limits: Limits | None = None,
 ) -> Judged:
     """`nodes`: whose, one or a pair. `history`: of all nodes, the oldest first."""
-    said = sorted(results, key=lambda result: result.rank)
-    problem = (
-        _of(said, Outcome.WRONG, Verdict.WRONG)
-        or _devices_differ(said)
-        or _of(said, Outcome.HUNG, Verdict.HUNG)
-        or _of(said, Outcome.FAILED, Verdict.FAILED)
-        or _silent(said, ranks)
-    )
+    said = _in_order(results)
+    problem = _wrong(said) or _devices_differ(said) or _unfinished(said, ranks)
     if problem is not None:
         return problem
     kept = _kept(said, nodes, ranks)
@@ -76,19 +70,41 @@ def judge(
     )
 
 
-def _of(said: Sequence[Result], outcome: Outcome, verdict: Verdict) -> Judged | None:
-    found = [result for result in said if result.outcome is outcome]
-    if not found:
-        return None
+_InOrder = Sequence[tuple[int, Result]]  # with its place among its rank's own
+
+
+def _in_order(results: Iterable[Result]) -> _InOrder:
+    """What others build on first: a device that multiplies wrong also trains wrong."""
+    counts: Counter[int] = Counter()
+    placed = []
+    for result in results:
+        placed.append((counts[result.rank], result))
+        counts[result.rank] += 1
+    return sorted(placed, key=lambda one: (one[0], one[1].rank))
+
+
+def _wrong(said: _InOrder) -> Judged | None:
+    found = [result for _, result in said if result.outcome is Outcome.WRONG]
+    return _told(Verdict.WRONG, found) if found else None
+
+
+def _told(verdict: Verdict, found: Sequence[Result]) -> Judged:
+    """The first one, with all ranks that say the same of it."""
     first = found[0]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return Judged(verdict=verdict, reason=f"{first.workload} on rank {first.rank}: {first.text}{more}")
+    same = [one for one in found if (one.workload, one.outcome) == (first.workload, first.outcome)]
+    reason = f"{first.workload} on {_ranks(one.rank for one in same)}: {first.text}"
+    return Judged(verdict=verdict, reason=reason)
 
 
-def _devices_differ(said: Sequence[Result]) -> Judged | None:
+def _ranks(numbers: Iterable[int]) -> str:
+    listed = sorted(numbers)
+    return f"rank{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}"
+
+
+def _devices_differ(said: _InOrder) -> Judged | None:
     """Devices of a kind that were given the same: the minority is named, if there is one."""
     groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for result in said:
+    for _, result in said:
         if result.checksum:
             groups[result.workload, result.device][result.rank] = result.checksum
     for (workload, _), sums in groups.items():
@@ -97,31 +113,39 @@ def _devices_differ(said: Sequence[Result]) -> Judged | None:
             continue
         tied = counts[0][1] == counts[1][1]
         odd = [rank for rank, found in sums.items() if tied or found != counts[0][0]]
-        who = f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
         what = "do not agree" if tied else f"gave another checksum than {counts[0][1]} others"
-        return Judged(verdict=Verdict.WRONG, reason=f"{workload}: {who} {what}")
+        return Judged(verdict=Verdict.WRONG, reason=f"{workload}: {_ranks(odd)} {what}")
     return None
 
 
-def _silent(said: Sequence[Result], ranks: int) -> Judged | None:
-    done = {result.rank for result in said if result.workload.startswith(TRAINING)}
-    missing = [rank for rank in range(ranks) if rank not in done]
-    if not missing:
+def _unfinished(said: _InOrder, ranks: int) -> Judged | None:
+    """By the earliest workload that did not end: those who wait for somebody end later, or not at all."""
+    found = [(place, result) for place, result in said if result.outcome in (Outcome.HUNG, Outcome.FAILED)]
+    ended = {result.rank for place, result in said if result.workload.startswith(TRAINING)}
+    ended |= {result.rank for _, result in found}
+    for rank in range(ranks):
+        if rank not in ended:
+            last = [result for _, result in said if result.rank == rank]
+            after = f"after {last[-1].workload}" if last else "at all"
+            text = f"it said nothing {after}"
+            mute = Result(rank=rank, node_rank=0, workload="validation", outcome=Outcome.HUNG, text=text)
+            found.append((len(last), mute))
+    if not found:
         return None
-    last = [result.workload for result in said if result.rank == missing[0]]
-    after = f"after {last[-1]}" if last else "at all"
-    return Judged(verdict=Verdict.HUNG, reason=f"rank {missing[0]} of {ranks} said nothing {after}")
+    found.sort(key=lambda one: (one[0], one[1].outcome is Outcome.FAILED, one[1].rank))
+    first = found[0][1].outcome
+    return _told(Verdict(first), [result for _, result in found])
 
 
-def _kept(said: Sequence[Result], nodes: tuple[str, ...], ranks: int) -> Kept:
+def _kept(said: _InOrder, nodes: tuple[str, ...], ranks: int) -> Kept:
     figures: dict[str, float] = {}
     checksums: dict[str, str] = {}
-    for result in said:
+    for _, result in said:
         if result.figure:
             figures[result.workload] = min(result.figure, figures.get(result.workload, result.figure))
         if result.checksum:
             checksums[result.workload] = result.checksum
-    return Kept(nodes=nodes, ranks=ranks, device=said[0].device, figures=figures, checksums=checksums)
+    return Kept(nodes=nodes, ranks=ranks, device=said[0][1].device, figures=figures, checksums=checksums)
 
 
 def _others(kept: Kept, history: Iterable[Kept]) -> list[Kept]:
@@ -159,7 +183,7 @@ def _slower_than_fleet(kept: Kept, others: Sequence[Kept], limits: Limits) -> Ju
     return Judged(verdict=Verdict.SLOW, reason=reason)
 
 
-def _fine(said: Sequence[Result], ranks: int, others: Sequence[Kept]) -> str:
-    workloads = len({result.workload for result in said})
+def _fine(said: _InOrder, ranks: int, others: Sequence[Kept]) -> str:
+    workloads = len({result.workload for _, result in said})
     fleet = f", compared with {len(others)} others" if others else ""
     return f"{workloads} workloads on {ranks} rank{'s' if ranks != 1 else ''}{fleet}"
