@@ -18,9 +18,9 @@ HOW = ("wrong", "slow", "hangs", "fails", "dies")
 _TIMES = 20  # slower
 
 
-class Sickness(TorchDispatchMode):
+class Sickness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, how: str, what: str, first: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         assert how in HOW, how
         self._how, self._what, self._first, self._calls = how, what, first, 0
 
@@ -59,4 +59,4 @@ def fall_sick() -> None:
     who, how, what, *first = os.environ["SICKNESS"].split(":")
     node = os.environ.get("KEEPSTEP_ATTEMPT", "").rpartition("/")[2]
     if who in (os.environ.get("RANK"), node):
-        Sickness(how, what, int(first[0]) if first else 1).__enter__()
+        Sickness(how, what, int(first[0]) if first else 1).__enter__()  # type: ignore[no-untyped-call]
