@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -252,14 +253,19 @@ def test_checkpoints_become_complete_and_go(store: Store) -> None:
 # nodes
 
 
-def test_a_report_of_a_node_leaves_a_cordon_alone(store: Store, clock: ManualClock) -> None:
+def test_a_report_of_a_node_leaves_its_life_alone(store: Store, clock: ManualClock) -> None:
+    life: dict[str, Any] = {"state": "cordoned", "owner": "ada", "reason": "fans", "revision": 3}
     with store.transaction() as write:
         write.upsert_node("a", slots=4, state="ready")
-        write.upsert_node("a", cordoned=True, cordon_reason="fans", cordoned_by="ada")
+        write.save_life("a", **{**life, "revision": 2}, data={})
+        write.save_life("a", **life, data={"node": "a", "counts": {"xid 48|G": 2}})
     clock.advance(60)
     with store.transaction() as write:
         node = write.upsert_node("a", instance="i2", addresses=["10.0.0.1"])
-    assert (node.cordoned, node.cordon_reason, node.slots, node.instance) == (True, "fans", 4, "i2")
+    assert (node.slots, node.instance) == (4, "i2")
+    [row] = store.lives()
+    assert (row.state, row.owner, row.reason, row.revision) == ("cordoned", "ada", "fans", 3)
+    assert row.data["counts"] == {"xid 48|G": 2}
     assert node.last_seen - node.first_seen == 60
     with pytest.raises(NotFound, match="Did you mean node-17"):
         with store.transaction() as write:

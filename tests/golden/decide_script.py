@@ -6,10 +6,10 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     policy NAME=VALUE ...           bounds of the operator
     up SECONDS                      since this controller took its term (100 unless said)
     node NAMES [slots= silent= ready= state= confirmed= attached= warm= lingering=]
-               [away reset leaving cordoned back]
-               [label=KEY:VALUE for=JOB leaves=WHY leaves_in=SECONDS]  one job's; its pool takes it away
+                [away reset leaving cordoned back] [life= drain= by= because=]
+                [label=KEY:VALUE for=JOB]  one job's
     job ID [script] [nodes= gpus= labels= dp= pp= spares= min_dp= priority= fenced ...]
-                    [state= wanted= wait= queued=]
+                     [state= wanted= wait= queued=]
     attempt N STATE [on= spares= dp= step= step_age= age= still= progress= every= stored= waiting]
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
@@ -61,7 +61,7 @@ from keepstep.core.job import (
     Restarts,
 )
 from keepstep.core.layout import Layout, local_ranks
-from keepstep.core.states import AttemptState, JobState, NodeState
+from keepstep.core.states import AttemptState, JobState, LifeState, NodeState
 from keepstep.decide import plan as p
 from keepstep.decide.account import Moment, ledger
 from keepstep.decide.decide import decide
@@ -498,14 +498,16 @@ _NODE: dict[str, Callable[[str], tuple[str, Any]]] = {
     "warm": lambda text: ("warm_for", frozenset(map(JobId, text.split(",")))),
     "label": lambda text: ("labels", dict([text.split(":", 1)])),
     "for": lambda text: ("labels", {RESERVED_FOR: text}),
-    "leaves": lambda text: ("leaves", text),
-    "leaves_in": lambda text: ("leaves_in_s", float(text)),
     "lingering": lambda text: ("lingering", frozenset(map(JobId, filter(None, text.split(","))))),
     "away": lambda _: ("connected", False),
     "reset": lambda _: ("reset", True),
     "leaving": lambda _: ("leaving", True),
     "left": lambda _: ("left", True),
-    "cordoned": lambda _: ("cordoned", True),
+    "cordoned": lambda _: ("life", LifeState.CORDONED),
+    "life": lambda word: ("life", LifeState(word)),
+    "drain": lambda word: ("drain_s", float(word)),
+    "because": lambda word: ("life_why", word),
+    "by": lambda word: ("life_by", word),
 }
 _JOB: dict[str, tuple[str, Callable[[str], Any]]] = {
     "state": ("state", JobState),

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from keepstep.core.states import ATTEMPT, CELL, INCIDENT, JOB, NODE, JobEvent, JobState
+from keepstep.core.states import ATTEMPT, CELL, INCIDENT, JOB, LIFE, NODE, JobEvent, JobState
 from keepstep.core.states.table import Table, UnknownTransition
 
-TABLES: list[Table[Any, Any]] = [JOB, ATTEMPT, CELL, NODE, INCIDENT]
+TABLES: list[Table[Any, Any]] = [JOB, ATTEMPT, CELL, NODE, LIFE, INCIDENT]
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.noun)

@@ -34,6 +34,7 @@ def build(controller: Controller, settings: service.Service) -> FastAPI:
     registry.register(Collector(controller))
     for module in (jobs, logs, incidents, events, nodes, service, agents):
         app.include_router(module.router, prefix=PREFIX)
+    app.include_router(nodes.policies, prefix=PREFIX)
     app.add_exception_handler(KeepstepError, _known_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +23,9 @@ from fastapi import FastAPI
 
 from keepstep.api.app import build
 from keepstep.api.service import Service
+from keepstep.control.health import Health
 from keepstep.control.loop import Controller
+from keepstep.control.repair import Command, Means, Repairs, Webhook
 from keepstep.control.requests import Principal, want
 from keepstep.core.clock import Clock, SystemClock
 from keepstep.core.errors import Fenced, InputError, KeepstepError
@@ -54,6 +57,7 @@ class Settings:
     nodes: int = 1  # of the local pool
     slots: int = 0  # of each; 0: as many as GPUs, else processors
     return_after_s: float = 30.0  # a lost local node's way back
+    health_policy: Path | None = None  # over keepstep's own
     ray: RaySettings | None = None  # a Ray cluster as a pool
     idle_exit_s: float | None = None  # None: stays up without jobs and clients
 
@@ -64,6 +68,7 @@ def serve(settings: Settings) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     settings.home.make()
     clock = SystemClock()
+    health = Health(clock, settings.health_policy)
     store = Store.open(settings.store_url or f"sqlite:///{settings.home.store_file}", clock=clock)
     try:
         last_seen_at = store.lease().beat_at
@@ -71,7 +76,13 @@ def serve(settings: Settings) -> int:
         listener = _listen(settings)
         url = f"http://{settings.host}:{listener.getsockname()[1]}"
         pools = _pools(settings, clock, store, url)
-        controller = Controller(store, clock, Policy(), pools, last_seen_at=last_seen_at)
+        ways: dict[str, Means] = {
+            "command": Command(settings.home.path / "repairs", clock),
+            "webhook": Webhook(clock),
+        }
+        controller = Controller(
+            store, clock, Policy(), pools, last_seen_at=last_seen_at, health=health, repairs=Repairs(ways)
+        )
         return asyncio.run(_serve(settings, controller, listener))
     finally:
         store.close()
@@ -82,6 +93,7 @@ async def _serve(settings: Settings, controller: Controller, listener: socket.so
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: controller.begin(_reload(controller)))
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     service = Service(
         version=version("keepstep"),
@@ -121,6 +133,14 @@ async def _serve(settings: Settings, controller: Controller, listener: socket.so
         controller.store.release()
     withdraw(settings.home)
     return code
+
+
+async def _reload(controller: Controller) -> None:
+    """SIGHUP. A policy that cannot be used is logged, and the old one stays."""
+    try:
+        await controller.reload_policy("SIGHUP")
+    except KeepstepError as problem:
+        log.error("the policy on node health stays as it was: %s", problem)
 
 
 def _server(app: FastAPI) -> uvicorn.Server:

@@ -48,7 +48,12 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
             Entry("suspend", "steer", "Stop a job and free its nodes; resume goes on later."),
             Entry("resume", "steer", "Let a suspended job go on."),
             Entry("requeue", "steer", "End a job's present attempt and queue it again."),
-            Entry("node", "nodes", "Nodes: list, describe, cordon, uncordon, confirm-lost.", group=True),
+            Entry(
+                "node",
+                "nodes",
+                "Nodes: list, describe, history, cordon, drain, uncordon, validate, policy.",
+                group=True,
+            ),
         ),
     ),
     (

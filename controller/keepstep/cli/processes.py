@@ -28,6 +28,12 @@ def controller(
     return_after: Annotated[
         float, typer.Option("--return-after", help="Seconds until a lost local node is started again.")
     ] = 30.0,
+    health_policy: Annotated[
+        str,
+        typer.Option(
+            "--health-policy", help="Policy on node health, over keepstep's own; SIGHUP reads it anew."
+        ),
+    ] = "",
     store: Annotated[
         str, typer.Option("--store", help="Database URL; else SQLite in the state folder.")
     ] = "",
@@ -53,6 +59,7 @@ def controller(
             port=port,
             nodes=nodes,
             slots=slots,
+            health_policy=Path(health_policy).absolute() if health_policy else None,
             idle_exit_s=idle_exit or None,
             return_after_s=return_after,
             ray=asked.settings(where) if ray else None,

@@ -33,6 +33,7 @@ class Options:
     slots: int = 0  # of each node; 0: as many as the machine has GPUs, else processors
     host: str = "127.0.0.1"
     port: int = 0  # any that is free
+    health_policy: str = ""  # a file over keepstep's own
     return_after_s: float = 30.0  # a lost node is started again
     ray: RayOptions = NO_RAY
     idle_exit_s: float = 0.0  # it ends after this long without jobs and clients; 0: never
@@ -42,6 +43,8 @@ class Options:
         given += ["--return-after", str(self.return_after_s)]
         if self.slots:
             given += ["--slots", str(self.slots)]
+        if self.health_policy:
+            given += ["--health-policy", self.health_policy]
         if self.idle_exit_s:
             given += ["--idle-exit", str(self.idle_exit_s)]
         return given + self.ray.arguments()

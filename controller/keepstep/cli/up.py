@@ -1,6 +1,7 @@
 """keepstep up and down: the controller of this machine."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from keepstep.cli.rayed import RayAddress, RayDir, RayLabels, RayOptions, RayRes
 from keepstep.cli.render import emit
 from keepstep.core.errors import InputError
 from keepstep.core.home import find_home
+from keepstep.spec.rules import load_rules
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -24,6 +26,9 @@ def up(
     ] = 0,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0: any that is free.")] = 0,
+    health_policy: Annotated[
+        str, typer.Option("--health-policy", help="Policy on node health, over keepstep's own.")
+    ] = "",
     ray: RayAddress = "",
     ray_resource: RayResource = "GPU",
     ray_label: RayLabels = None,
@@ -41,11 +46,14 @@ def up(
         if not least <= value <= most:
             raise InputError(f"{value} is not within {least} and {most}", where=option)
     home = find_home()
+    policy = str(Path(health_policy).absolute()) if health_policy else ""
+    if policy:
+        load_rules(Path(policy))  # says what is wrong with it before anything is started
     asked = RayOptions(
         address=ray, resource=ray_resource, labels=tuple(ray_label or ()), folder=ray_dir, url=ray_url
     )
     asked.check()
-    options = service.Options(nodes=nodes, slots=slots, host=host, port=port, ray=asked)
+    options = service.Options(nodes=nodes, slots=slots, host=host, port=port, health_policy=policy, ray=asked)
     started = service.start(home, options, within_s=timeout)
     running = started.running
     if started.fresh:

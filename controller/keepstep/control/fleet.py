@@ -13,9 +13,10 @@ from keepstep.control.observed import ObservedTime
 from keepstep.core.durations import COMPUTING_FLOOR_S, HELD_S
 from keepstep.core.errors import TimedOut, Unreachable
 from keepstep.core.ids import Node
-from keepstep.core.states import NODE, NodeEvent, NodeState
+from keepstep.core.states import NODE, LifeState, NodeEvent, NodeState
 from keepstep.store.rows import NodeRow
 from keepstep.wire import messages as wire
+from keepstep.wire.health import HealthStatus
 
 QUIET_S = 3.0  # an agent reports each second; after this a connection is open in name only
 _FINISHED_KEPT = 100  # reports of one node, for those who look at a job after its end
@@ -45,8 +46,11 @@ class Member:
     pool: str = ""
     slots: int = 0
     state: NodeState = NodeState.READY
-    cordoned: bool = False
-    cordoned_by: str = ""
+    life: LifeState = LifeState.HEALTHY  # as control.health has it
+    life_why: str = ""
+    life_by: str = ""
+    drain_s: float | None = None
+    health: HealthStatus | None = None  # as it was last reported; None: its agent has no probes
     leaves: str = ""  # its pool will take it away: why, and when
     leaves_in_s: float | None = None
     confirmed: str = ""
@@ -92,8 +96,6 @@ class Fleet:
                 pool=row.pool,
                 slots=row.slots,
                 state=NodeState(row.state),
-                cordoned=row.cordoned,
-                cordoned_by=row.cordoned_by,
                 heard_at=self.time.now,
             )
 
@@ -124,6 +126,7 @@ class Fleet:
         changed = changed or _carriers(state.snapshots) != _carriers(member.snapshots)
         member.snapshots = state.snapshots
         member.node, member.standbys, member.leaving = state.node, state.standbys, state.leaving
+        member.health = state.health
         keys = frozenset((status.job, status.attempt) for status in state.attempts)
         changed = changed or keys != member.current
         for status in state.attempts:

@@ -9,6 +9,7 @@ from typing import Any
 
 from keepstep.control.book import Book, Entry
 from keepstep.control.fleet import Fleet, Member
+from keepstep.core.errors import KeepstepError
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.store import Writer
 from keepstep.store.rows import CurvePoint, NewEvent
@@ -134,3 +135,24 @@ def _points(attempt: int, points: Iterable[Any], now: float) -> Iterable[CurvePo
 
 def _figure(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def exists(writer: Writer, job: str) -> bool:
+    try:
+        return writer.job(job).id == job
+    except KeepstepError:
+        return False
+
+
+def progressed(writer: Writer, entry: Entry) -> None:
+    row = entry.attempts[-1]
+    text = f"step {entry.progress.step} is new"
+    writer.add_event(
+        NewEvent(
+            kind="progressed",
+            text=text,
+            job=entry.job.id,
+            attempt=row.number,
+            data={"step": entry.progress.step},
+        )
+    )

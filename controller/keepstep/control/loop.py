@@ -18,12 +18,16 @@ from keepstep.control.commit import commit, mark
 from keepstep.control.desired import Carriers, desired, keeps_snapshots
 from keepstep.control.examination import examine
 from keepstep.control.fleet import Fleet, Member, Session
+from keepstep.control.health import Health
 from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
+from keepstep.control.repair import Repairs
 from keepstep.control.supply import Supply
+from keepstep.control.wards import Wards
 from keepstep.core.clock import Clock
-from keepstep.core.errors import KeepstepError, Unreachable
+from keepstep.core.errors import Unreachable
 from keepstep.core.ids import JobId, Node
+from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import NODE, NodeState
 from keepstep.core.states.table import UnknownTransition
 from keepstep.decide import plan as p
@@ -56,6 +60,8 @@ class Controller:
         pools: Iterable[Pool] = (),
         *,
         last_seen_at: float | None = None,
+        health: Health | None = None,
+        repairs: Repairs | None = None,
     ) -> None:
         """`last_seen_at`: when the controller before this one last moved its lease (wall time)."""
         self.store, self.clock, self.policy = store, clock, policy
@@ -64,6 +70,7 @@ class Controller:
         self.time = ObservedTime(TICK_S)
         self.fleet = Fleet(self.time)
         self.book = Book(store, self.time)
+        self.health = health or Health(clock)
         self.told = asyncio.Event()  # something new is in the timeline
         self.supply = Supply(self.fleet, self.book, self.pools, self.write)
         self._wake = asyncio.Event()
@@ -74,6 +81,7 @@ class Controller:
         self._events: list[tuple[Member, Session, wire.Events]] = []
         self._started = 0.0
         self._key = secrets.token_bytes(32)
+        self.wards = Wards(self.health, self.fleet, repairs or Repairs({}), self.write, self.begin)
         self._trouble, self._mismatches = "", 0
         self.ready = False
         self._beaten = 0.0
@@ -98,6 +106,13 @@ class Controller:
         self.wake()
         return result
 
+    async def reload_policy(self, who: str) -> TriagePolicy:
+        """Errors: InputError, and the old policy on node health stays in force."""
+        found = self.health.reload()
+        text = f"{who} had the policy on node health read anew: {found.source}"
+        await self.write(lambda writer: writer.add_event(NewEvent(kind="policy", text=text, principal=who)))
+        return found
+
     async def refresh(self, job: JobId) -> None:
         """Read a job again after something was written for it."""
         self.book.take(await self.on_store(self.book.read, job))
@@ -117,6 +132,7 @@ class Controller:
         self.fleet.load(await self.on_store(self.store.nodes))
         for rows in await self.on_store(self.book.read_all):
             self.book.take(rows)
+        self.health.begin(await self.on_store(self.health.load, self.store), self.fleet)
         await self._note_absence()
         self.ready = True
         try:
@@ -162,6 +178,10 @@ class Controller:
         await self._store_events()
         self.fleet.hang_up()
         await self.supply.ask()
+        for _ in range(_ROUNDS_MAX):
+            if not await self.health.look(self.fleet, self.book, self.write):
+                break
+        self.wards.reconcile()
         for _ in range(_ROUNDS_MAX):
             view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
             plan = decide(view, self.policy)
@@ -253,11 +273,13 @@ class Controller:
         member = self.fleet.register(register, session)
         intake.resume(self.book, self.fleet, member)
         intake.follow(self.book, self.fleet, member)
+        self.health.hear(member, member.health)
         self.wake()
         return member
 
     def heard(self, member: Member, state: wire.State) -> None:
         changed = self.fleet.hear(member, state)
+        changed = self.health.hear(member, state.health) or changed
         if intake.follow(self.book, self.fleet, member) or changed:
             self.wake()
 
@@ -283,7 +305,7 @@ class Controller:
             with self.store.transaction() as writer:
                 for member, events in news:
                     jobs = {event.job for event in events}
-                    finished = {job for job in jobs - known if _exists(writer, job)}
+                    finished = {job for job in jobs - known if intake.exists(writer, job)}
                     intake.write_events(writer, member, events, known | finished)
 
         async with self._writing:
@@ -326,7 +348,7 @@ class Controller:
                 continue
             if progress.replaying and progress.stepped:
                 progress.replaying = False
-                await self.write(lambda writer, entry=entry: _progressed(writer, entry))  # type: ignore[misc]
+                await self.write(lambda writer, entry=entry: intake.progressed(writer, entry))  # type: ignore[misc]
             entry.steps_done = progress.step
 
     def _ask(self, question: p.Collect) -> None:
@@ -344,24 +366,3 @@ class Controller:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _exists(writer: Writer, job: str) -> bool:
-    try:
-        return writer.job(job).id == job
-    except KeepstepError:
-        return False
-
-
-def _progressed(writer: Writer, entry: Entry) -> None:
-    row = entry.attempts[-1]
-    text = f"step {entry.progress.step} is new"
-    writer.add_event(
-        NewEvent(
-            kind="progressed",
-            text=text,
-            job=entry.job.id,
-            attempt=row.number,
-            data={"step": entry.progress.step},
-        )
-    )

@@ -212,14 +212,15 @@ def _node(member: Member, book: Book, fleet: Fleet) -> NodeView:
         reset=member.reset,
         leaving=member.session is not None and member.leaving and not _alive(member),
         left=member.session is None and member.leaving and not _alive(member),
-        cordoned=member.cordoned,
+        life=member.life,
+        life_why=member.life_why,
+        life_by=member.life_by,
+        drain_s=member.drain_s,
         attached=next((e.job.id for e in book.entries.values() if e.job.attached_node == member.name), None),
         warm_for=frozenset(JobId(s.job) for s in member.standbys if s.state == "ready"),
         ready_s=fleet.time.age(member.ready_at) if connected else 0.0,
         lingering=_lingering(member, book),
         labels=member.labels,
-        leaves=member.leaves,
-        leaves_in_s=member.leaves_in_s,
     )
 
 

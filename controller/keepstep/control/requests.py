@@ -1,4 +1,4 @@
-"""What people ask of the controller: submit, steer, mark nodes. Writes the wish; the cycle does the rest."""
+"""What people ask of the controller: submit, steer, confirm a loss. The wish is written; the cycle acts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -83,38 +83,26 @@ async def want(controller: Controller, ref: str, wish: Wanted, who: Principal, r
     return await controller.write(write, about=job.id)
 
 
-async def mark_node(controller: Controller, name: str, verb: str, who: Principal, reason: str) -> None:
-    """cordon, uncordon or confirm-lost. Errors: NotFound, Refused."""
+async def confirm_lost(controller: Controller, name: str, who: Principal, reason: str) -> None:
+    """A person's word that a node is dead. Errors: NotFound, Refused where it talks."""
     member = controller.fleet.members.get(Node(name))
     if member is None:
         known = ", ".join(sorted(controller.fleet.members)) or "none"
         raise NotFound(f"there is no node {name!r}", next=f"Known nodes: {known}.")
-    if verb == "confirm-lost":
-        if member.talks(controller.time):
-            raise Refused(
-                f"node {name} is connected",
-                why="a node that talks is not lost",
-                next=f"Stop its agent first, or `keepstep node cordon {name}`.",
-            )
-        member.confirmed_at = controller.time.now
-        member.confirmed = f"{who.name} confirmed that it is lost" + (f": {reason}" if reason else "")
+    if member.talks(controller.time):
+        raise Refused(
+            f"node {name} is connected",
+            why="a node that talks is not lost",
+            next=f"Stop its agent first, or `keepstep node cordon {name}`.",
+        )
+    member.confirmed_at = controller.time.now
+    member.confirmed = f"{who.name} confirmed that it is lost" + (f": {reason}" if reason else "")
 
     def write(writer: Writer) -> None:
-        text = f"{verb} by {who.name}" + (f": {reason}" if reason else "")
-        writer.add_event(NewEvent(kind=f"node {verb}", text=text, node=member.name, principal=who.name))
-        if verb != "confirm-lost":
-            cordoned = verb == "cordon"
-            writer.upsert_node(
-                member.name,
-                cordoned=cordoned,
-                cordon_reason=reason if cordoned else "",
-                cordoned_by=who.name if cordoned else "",
-            )
+        text = f"confirm-lost by {who.name}" + (f": {reason}" if reason else "")
+        writer.add_event(NewEvent(kind="node confirm-lost", text=text, node=member.name, principal=who.name))
 
     await controller.write(write)
-    if verb != "confirm-lost":
-        member.cordoned = verb == "cordon"
-        member.cordoned_by = who.name if member.cordoned else ""
     controller.wake()
 
 

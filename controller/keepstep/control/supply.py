@@ -1,12 +1,12 @@
 """What pools are asked and what they tell: which jobs need nodes, which nodes there could be or will go."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from keepstep.control.book import Book, Entry
 from keepstep.control.fleet import Fleet, Member
 from keepstep.core.ids import Node
-from keepstep.core.states import NodeState
+from keepstep.core.states import WORKING, NodeState
 from keepstep.pools.pool import Asked, Known, Pool, Told, Want
 from keepstep.store import Writer
 from keepstep.store.rows import NewEvent
@@ -43,7 +43,7 @@ class Supply:
         entries.sort(key=lambda entry: (-entry.spec.priority, entry.job.number))
         wants = (_want(entry) for entry in entries)
         members = self._fleet.members.values()
-        cordoned = frozenset(m.name for m in members if m.pool == pool.name and m.cordoned)
+        cordoned = frozenset(m.name for m in members if m.pool == pool.name and m.life not in WORKING)
         return Asked(
             connected=self._connected,
             wants=tuple(want for want in wants if want is not None),
@@ -56,48 +56,26 @@ class Supply:
                 entry.lacks = told.waits.get(entry.job.id, "")
         members = self._fleet.members
         new = [known for known in told.nodes if known.name not in members]
-        going = [known for known in told.nodes if known not in new and self._goes(members[known.name], known)]
-        staying = [
-            members[known.name]
-            for known in told.nodes
-            if not known.leaves and known not in new and members[known.name].cordoned_by == pool.name
-        ]
-        if not (new or going or staying or told.news):
-            return
-
-        def write(writer: Writer) -> None:
-            for known in new:
-                writer.upsert_node(
-                    known.name, pool=pool.name, role="run", slots=known.slots, state=NodeState.GONE,
-                    state_reason=_NO_AGENT,
-                )  # fmt: skip
-            for known in going:
-                why = _told(known)
-                writer.upsert_node(known.name, cordoned=True, cordon_reason=why, cordoned_by=pool.name)
-                writer.add_event(NewEvent(kind="node leaves", text=f"{known.name}: {why}", node=known.name))
-            for member in staying:
-                writer.upsert_node(member.name, cordoned=False, cordon_reason="", cordoned_by="")
-                text = f"{member.name} is back to stay"
-                writer.add_event(NewEvent(kind="node uncordon", text=text, node=member.name))
-            for news in told.news:
-                writer.add_event(NewEvent(kind=news.kind, text=news.text, node=news.node, job=news.job))
-
-        await self._write(write)
+        if new or told.news:
+            await self._write(lambda writer: _note(writer, pool.name, new, told))
         for known in new:
             members[known.name] = Member(
                 name=known.name, pool=pool.name, slots=known.slots, state=NodeState.GONE,
                 heard_at=self._fleet.time.now,
             )  # fmt: skip
-        for known in going:
-            members[known.name].cordoned, members[known.name].cordoned_by = True, pool.name
-        for member in staying:
-            member.cordoned, member.cordoned_by = False, ""
+        for known in told.nodes:
+            member = members[known.name]
+            member.leaves, member.leaves_in_s = known.leaves, known.leaves_in_s
 
-    @staticmethod
-    def _goes(member: Member, known: Known) -> bool:
-        """Takes over what the pool says of its going. True: it is not cordoned for that yet."""
-        member.leaves, member.leaves_in_s = known.leaves, known.leaves_in_s
-        return bool(known.leaves) and not member.cordoned
+
+def _note(writer: Writer, pool: str, new: Iterable[Known], told: Told) -> None:
+    for known in new:
+        writer.upsert_node(
+            known.name, pool=pool, role="run", slots=known.slots, state=NodeState.GONE,
+            state_reason=_NO_AGENT,
+        )  # fmt: skip
+    for news in told.news:
+        writer.add_event(NewEvent(kind=news.kind, text=news.text, node=news.node, job=news.job))
 
 
 def _want(entry: Entry) -> Want | None:
@@ -115,8 +93,3 @@ def _want(entry: Entry) -> Want | None:
         labels=resources.labels,
         using=using,
     )
-
-
-def _told(known: Known) -> str:
-    within = "" if known.leaves_in_s is None else f", within {known.leaves_in_s:.0f} s"
-    return f"{known.leaves}{within}"

@@ -278,6 +278,7 @@ class JobSpec:
     checkpoint: Checkpoint
     recovery: Recovery = Recovery()
     notify: tuple[str, ...] = ()
+    validates: tuple[str, ...] = ()  # keepstep's own job on just these nodes, whatever their life says
 
     @property
     def replica_counts(self) -> tuple[int, ...]:

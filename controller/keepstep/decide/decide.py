@@ -186,9 +186,9 @@ class _Deciding:
                 f"{verdict.what}; to blame: {'the job' if verdict.blame == 'job' else 'the infrastructure'}"
             )
             return End(job=job.id, attempt=attempt.number, verdict=verdict, finish_s=finish_s, reason=reason)
-        moved = leave(job, attempt, self.view, self.held, self.policy)
-        if moved is not None:
-            return moved
+        left = leave(job, attempt, self.view, self.held, self.policy)
+        if left is not None:
+            return left
         match attempt.state:
             case AttemptState.PREPARING:
                 return self._preparing(job, attempt)

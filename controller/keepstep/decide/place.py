@@ -1,10 +1,10 @@
 """Who runs where: whole nodes, all of a gang or nothing of it, and always an answer why not.
 
 A node serves one job at a time. Nodes are taken in a stable order: first those the job ran on (at the same
-node rank), then those that stand by or are warm for it, then by name. Cordoned, silent and lost nodes are
-never taken, nor nodes on which something of an ended attempt still lives; attached nodes serve their own job
-only. Spares are whole nodes, too, named in the attempt and kept warm; a gang starts without them when there
-are none.
+node rank), then those that stand by or are warm for it, then by name. Silent and lost nodes are never
+taken, nor those that are out of service (`core.states.life`), nor nodes on which something of an ended
+attempt still lives; attached nodes serve their own job only. Spares are whole nodes, too, named in the
+attempt and kept warm; a gang starts without them when there are none.
 
 Jobs are served by priority, then by age. A later job may use what an earlier one cannot, until that one has
 waited for `hold_after_s`; from then on nodes are held for it, so that no stream of small jobs starves it.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from keepstep.core.ids import JobId, Node
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
-from keepstep.core.states import NodeState
+from keepstep.core.states import WORKING, LifeState, NodeState
 from keepstep.decide.plan import Rejected
 from keepstep.decide.view import RESERVED_FOR, AttemptView, JobView, NodeView
 
@@ -64,11 +64,12 @@ def survey(
                 refused[node.name] = why
             else:
                 free.append(node)
-    order = {name: index for index, name in enumerate(first)}
+    order = {name: index for index, name in enumerate(job.spec.validates or first)}
 
     def preference(node: NodeView) -> tuple[object, ...]:
         kept = order.get(node.name, len(order))
-        return (node.name in last, kept, job.id not in node.warm_for, natural(node.name))
+        proving = node.life is not LifeState.HEALTHY
+        return (node.name in last, kept, job.id not in node.warm_for, proving, natural(node.name))
 
     free.sort(key=preference)
     return Survey(free=tuple(free), refused=dict(sorted(refused.items(), key=lambda item: natural(item[0]))))
@@ -85,8 +86,8 @@ def unusable(job: JobView, node: NodeView, held: Holders = {}) -> str:  # noqa: 
         return "is not connected"
     if node.leaving:
         return "is leaving"
-    if node.cordoned:
-        return "is cordoned"
+    if node.life not in WORKING and node.name not in job.spec.validates:
+        return f"is {node.life}"
     for label, selector in job.spec.resources.labels.items():
         if not matches(node.labels.get(label), selector):
             return f"has {label} {node.labels.get(label, 'not set')}, not {selector}"
@@ -199,8 +200,10 @@ def could_ever(job: JobView, nodes: Iterable[NodeView]) -> list[Node]:
 
 
 def _foreign(job: JobView, node: NodeView) -> bool:
-    """Attached and reserved nodes serve their own job, and an attached job has no others."""
-    if node.labels.get(RESERVED_FOR, job.id) != job.id:
+    """Attached and reserved nodes serve their own job, attached jobs and validations have no others."""
+    if job.spec.validates and node.name not in job.spec.validates:
+        return True
+    if node.labels.get(RESERVED_FOR, job.id) != job.id and not job.spec.validates:
         return True
     return node.attached != (job.id if job.attached is not None else None)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from keepstep.core.ids import Attempt, JobId, Node
 from keepstep.core.layout import Layout
-from keepstep.core.states import NodeState
+from keepstep.core.states import WORKING, NodeState
 from keepstep.decide import price
 from keepstep.decide.budget import budget, tried_elsewhere
 from keepstep.decide.lying import suspects
@@ -223,7 +223,7 @@ def grow(job: JobView, attempt: AttemptView, view: View, held: Holders, policy: 
         return None
     joining = [node for node in there.free if node.name in room.nodes and node.name not in attempt.nodes]
     waited_s = min((node.ready_s for node in joining), default=policy.grow_after_s) - policy.grow_after_s
-    at = _moment(job, attempt, waited_s, policy)
+    at = moment(job, attempt, waited_s, policy)
     if at is None:
         return None
     return End(
@@ -238,7 +238,7 @@ def grow(job: JobView, attempt: AttemptView, view: View, held: Holders, policy: 
     )
 
 
-def _moment(job: JobView, attempt: AttemptView, waited_s: float, policy: Policy) -> str | None:
+def moment(job: JobView, attempt: AttemptView, waited_s: float, policy: Policy) -> str | None:
     """A moment at which little would be done again, or None while such a one may still come."""
     if not keeps_checkpoints(job):
         return "its script restores itself"
@@ -267,7 +267,9 @@ def _coming_back(ended: Ended, view: View, policy: Policy) -> list[Node]:
     away = []
     for name in ended.nodes:
         node = view.node(name)
-        if node is None or node.confirmed or node.state in (NodeState.LOST, NodeState.GONE) or node.cordoned:
+        if node is None or node.confirmed or node.state in (NodeState.LOST, NodeState.GONE):
+            continue
+        if node.life not in WORKING:
             continue
         just_started = view.up_s < policy.return_within_s
         if not node.connected and (just_started or node.silence_s < policy.silent_after_s):

@@ -13,7 +13,7 @@ from keepstep.core.durations import Usual
 from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import Layout
-from keepstep.core.states import AttemptState, JobState, NodeState
+from keepstep.core.states import AttemptState, JobState, LifeState, NodeState
 
 NOTHING = Attempt(0)  # the parent of an attempt that begins from nothing
 BEGINNING = Step(0)
@@ -59,14 +59,15 @@ class NodeView:
     reset: bool = False  # its connection was reset or closed, rather than gone quiet
     leaving: bool = False  # its agent is about to leave, and nothing of any attempt is alive on it
     left: bool = False  # its agent took its leave, and nothing of any attempt was alive on it
-    cordoned: bool = False
+    life: LifeState = LifeState.HEALTHY  # as hardware; only some of them get new work
+    life_why: str = ""
+    life_by: str = ""  # who took it out: keepstep, its pool, or a person
+    drain_s: float | None = None  # left until a draining node's deadline
     attached: JobId | None = None  # serves this job only (`keepstep run`)
     warm_for: frozenset[JobId] = frozenset()  # has a loaded standby server for these
     ready_s: float = 0.0  # since it became ready, without a break
     lingering: frozenset[JobId] = frozenset()  # something of an ended attempt of these still lives on it
     labels: Mapping[str, str] = field(default_factory=dict)
-    leaves: str = ""  # why its pool will take it away soon, or ""
-    leaves_in_s: float | None = None  # None: nobody said when
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ def decoded(raw: bytes, name: str) -> str:
     return text
 
 
-def parse(text: str, source: str, *, turn: int = 0) -> Document:
+def parse(text: str, source: str, *, turn: int = 0, what: str = "a job spec") -> Document:
     """The mapping in `text`; InputError if it is no YAML, or holds anything but one mapping."""
     node = _compose(text, source)
     if node is None:
@@ -93,8 +93,8 @@ def parse(text: str, source: str, *, turn: int = 0) -> Document:
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         why = f"the text is {kind}"
-        next_ = "A job spec is a mapping: lines of   field: value"
-        raise InputError("is not a job spec", where=f"{source}:1:1", why=why, next=next_)
+        next_ = f"{what[:1].upper()}{what[1:]} is a mapping: lines of   field: value"
+        raise InputError(f"is not {what}", where=f"{source}:1:1", why=why, next=next_)
     reader = _Reader(source, turn)
     data = reader.value(node, ())
     return Document(data=data, spots=reader.spots, source=source, problems=tuple(reader.problems))

@@ -21,8 +21,10 @@ from keepstep.store.rows import (
     Event,
     Incident,
     Job,
+    LifeRow,
     NodeRow,
     Page,
+    Validation,
 )
 
 LIMIT_MAX = 1000
@@ -145,6 +147,22 @@ class Reader:
         known = [row["name"] for row in self._rows(sa.select(tables.nodes.c.name))]
         raise NotFound(f"no node {name}", next=_guess(name, known) or "`keepstep node list` shows all nodes.")
 
+    def lives(self) -> list[LifeRow]:
+        query = sa.select(tables.lives).order_by(tables.lives.c.node)
+        return [LifeRow(**row) for row in self._rows(query)]
+
+    def validations(self, node: str | None = None, *, limit: int = 100) -> list[Validation]:
+        """Newest first."""
+        table = tables.validations
+        query = sa.select(table).order_by(table.c.id.desc()).limit(min(limit, LIMIT_MAX))
+        if node is not None:
+            query = query.where(table.c.node == node)
+        return [Validation(**row) for row in self._rows(query)]
+
+    def meta(self, key: str) -> str:
+        rows = self._rows(sa.select(tables.meta.c.value).where(tables.meta.c.key == key))
+        return str(rows[0]["value"]) if rows else ""
+
     # what happened
 
     def incidents(
@@ -186,12 +204,16 @@ class Reader:
         query = sa.select(tables.decisions).where(tables.decisions.c.id == id)
         return Decision(**self._one(query, f"no decision {id}"))
 
-    def events(self, *, after: int = 0, job: str | None = None, limit: int = 200) -> Page[Event]:
+    def events(
+        self, *, after: int = 0, job: str | None = None, node: str | None = None, limit: int = 200
+    ) -> Page[Event]:
         """The timeline past an event, oldest first. Numbers grow in the order of commits: none is skipped."""
         table = tables.timeline
         query = sa.select(table).where(table.c.id > after).order_by(table.c.id)
         if job is not None:
             query = query.where(table.c.job == job)
+        if node is not None:
+            query = query.where(table.c.node == node)
         return self._page(query, limit, Event, "id")
 
     def last_event(self) -> int:

@@ -140,9 +140,6 @@ class NodeRow:
     slots: int
     state: str
     state_reason: str
-    cordoned: bool
-    cordon_reason: str
-    cordoned_by: str
     addresses: list[str]
     labels: dict[str, str]
     gpus: list[Json]
@@ -150,6 +147,32 @@ class NodeRow:
     versions: Json
     first_seen: float
     last_seen: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifeRow:
+    """A node's life as hardware. `data` is the whole of it, as `keepstep.control.health` writes it."""
+
+    node: Node
+    state: str
+    owner: str
+    reason: str
+    revision: int
+    changed_at: float
+    data: Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What one validation of one node came to, and what it measured."""
+
+    id: int
+    node: Node
+    at: float
+    job: str
+    passed: bool
+    text: str
+    figures: Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,9 +295,6 @@ class NodeChanges(TypedDict, total=False):
     slots: int
     state: str
     state_reason: str
-    cordoned: bool
-    cordon_reason: str
-    cordoned_by: str
     addresses: Any
     labels: Any
     gpus: Any

@@ -130,9 +130,6 @@ nodes = sa.Table(
     Column("slots", Integer, nullable=False),
     _text("state"),
     _text("state_reason"),
-    Column("cordoned", Boolean, nullable=False),
-    _text("cordon_reason"),
-    _text("cordoned_by"),
     _json("addresses"),
     _json("labels"),
     _json("gpus"),
@@ -140,6 +137,32 @@ nodes = sa.Table(
     _json("versions"),
     _time("first_seen", always=True),
     _time("last_seen", always=True),
+)
+
+lives = sa.Table(
+    "lives",
+    metadata,
+    Column("node", Text, primary_key=True),
+    _text("state"),
+    _text("owner"),
+    _text("reason"),
+    Column("revision", Integer, nullable=False),
+    _time("changed_at", always=True),
+    _json("data"),
+)
+
+validations = sa.Table(
+    "validations",
+    metadata,
+    _number(),
+    Column("node", Text, nullable=False),
+    _time("at", always=True),
+    _text("job"),
+    Column("passed", Boolean, nullable=False),
+    _text("text"),
+    _json("figures"),
+    Index(None, "node", "id"),
+    sqlite_autoincrement=True,
 )
 
 decisions = sa.Table(
@@ -197,6 +220,7 @@ timeline = sa.Table(
     _text("text"),
     _json("data"),
     Index(None, "job", "id"),
+    Index(None, "node", "id"),
     sqlite_autoincrement=True,
 )
 

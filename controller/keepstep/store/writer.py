@@ -38,9 +38,6 @@ _NEW_NODE: dict[str, Any] = {
     "slots": 0,
     "state": "",
     "state_reason": "",
-    "cordoned": False,
-    "cordon_reason": "",
-    "cordoned_by": "",
     "addresses": [],
     "labels": {},
     "gpus": [],
@@ -210,6 +207,22 @@ class Writer(Reader):
             values = {**changes, "last_seen": self.now}
             self._update(tables.nodes, tables.nodes.c.name == name, values, f"no node {name}")
         return self.node(name)
+
+    def save_life(self, node: str, *, state: str, owner: str, reason: str, revision: int, data: Any) -> None:
+        row = {
+            "node": node, "state": state, "owner": owner, "reason": reason, "revision": revision,
+            "changed_at": self.now, "data": data,
+        }  # fmt: skip
+        columns = [name for name in row if name != "node"]
+        self._connection.execute(insert_or_update(self._connection, tables.lives, *columns), [row])
+
+    def add_validation(self, node: str, *, job: str, passed: bool, text: str, figures: Any) -> None:
+        row = {"node": node, "at": self.now, "job": job, "passed": passed, "text": text, "figures": figures}
+        self._insert(tables.validations, row)
+
+    def set_meta(self, key: str, value: str) -> None:
+        insert = insert_or_update(self._connection, tables.meta, "value")
+        self._connection.execute(insert, [{"key": key, "value": value}])
 
     # what happened
 

@@ -4,14 +4,18 @@ from keepstep.core.states.attempt import ATTEMPT, AttemptEvent, AttemptState
 from keepstep.core.states.cell import CELL, CellEvent, CellState
 from keepstep.core.states.incident import INCIDENT, IncidentEvent, IncidentState
 from keepstep.core.states.job import JOB, JobEvent, JobState
+from keepstep.core.states.life import HELD, LIFE, WORKING, LifeEvent, LifeState
 from keepstep.core.states.node import NODE, NodeEvent, NodeState
 
 __all__ = [
     "ATTEMPT",
     "CELL",
+    "HELD",
     "INCIDENT",
     "JOB",
+    "LIFE",
     "NODE",
+    "WORKING",
     "AttemptEvent",
     "AttemptState",
     "CellEvent",
@@ -20,6 +24,8 @@ __all__ = [
     "IncidentState",
     "JobEvent",
     "JobState",
+    "LifeEvent",
+    "LifeState",
     "NodeEvent",
     "NodeState",
 ]
