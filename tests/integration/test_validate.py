@@ -94,7 +94,7 @@ def test_a_good_node(well: list[Result]) -> None:
 )
 def test_each_sickness_is_named(gangs: Gangs, sickness: str, reason: str) -> None:
     how = sickness.split(":")[1]
-    found = judged(gangs.validate("--deadline", "8" if how == "hangs" else "60", sickness=sickness))
+    found = judged(gangs.validate("--deadline", "8" if how in ("hangs", "dies") else "60", sickness=sickness))
     verdicts = {"fails": Verdict.FAILED, "dies": Verdict.HUNG, "hangs": Verdict.HUNG}
     assert found.verdict is verdicts.get(how, Verdict.WRONG), found.reason
     assert reason in found.reason

@@ -9,7 +9,7 @@ takes four rounds or so, however large the pool; there are never more than `roun
 Everything follows from what was tested, so a screening goes on wherever it was interrupted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 SICK_AFTER = 2  # good partners that a node fails with; one of them may be a sick link
@@ -26,8 +26,8 @@ class Pair:
     def of(cls, a: str, b: str) -> "Pair":
         return cls(min(a, b), max(a, b))
 
-    def __str__(self) -> str:
-        return f"{self.a} - {self.b}"
+    def other(self, node: str) -> str:
+        return self.b if node == self.a else self.a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +86,20 @@ def next_round(nodes: Sequence[str], rounds: Sequence[Round]) -> tuple[Pair, ...
             left.remove(partner)
             pairs.append(Pair.of(node, partner))
     return tuple(pairs)
+
+
+def told(nodes: Iterable[str], rounds: Sequence[Round], reasons: Mapping[Pair, str], node: str) -> str:
+    """What a screening says of a node. `reasons`: of pairs that failed."""
+    known = screened(nodes, rounds)
+    mine = [(pair, passed) for one in rounds for pair, passed in one.items() if node in (pair.a, pair.b)]
+    failed = [pair for pair, passed in mine if not passed]
+    others = ", ".join(sorted(pair.other(node) for pair in failed))
+    because = f" ({reasons[failed[-1]]})" if failed and failed[-1] in reasons else ""
+    if node in known.sick:
+        return f"fails with {others}{because}"
+    links = sorted(pair.other(node) for pair in known.links if node in (pair.a, pair.b))
+    if links:
+        return f"its link to {', '.join(links)} is sick{because}"
+    if node in known.good:
+        return f"right, with {mine[-1][0].other(node)}"
+    return f"fails with {others}{because}" if failed else "could not be tried"
