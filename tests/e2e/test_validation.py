@@ -1,4 +1,4 @@
-"""A node with a sick device is found by its validation, and by screening the pool; a good one returns."""
+"""A node with a sick device is found by screening its pool, and does not return; a good one does."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
+from cluster import Cluster, Json
 
 SCRIPTS = Path(__file__).parent / "scripts"
 POLICY = """
@@ -19,17 +19,38 @@ def test_the_sick_node_of_a_pool(
     start: Callable[..., Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (SCRIPTS / "sick", SCRIPTS.parents[1]))))
-    monkeypatch.setenv("SICKNESS", "local-2:wrong:aten.mm")
+    monkeypatch.setenv("SICKNESS", "c:wrong:aten.mm")
     (tmp_path / "policy.yaml").write_text(POLICY)
     cluster = start(nodes=3, slots=1, health_policy=str(tmp_path / "policy.yaml"))
     client = cluster.client
-    names = sorted(cluster.connected())
-    print(names)
 
-    # By pairs: it fails with both others, who are right with each other.
+    def validations(node: str) -> list[Json]:
+        found: list[Json] = client.get(f"/nodes/{node}/history")["validations"]
+        return [one for one in found if not one["job"].startswith("screen-")]
+
+    # By pairs: c fails with both others, who are right with each other.
     client.post("/health/screening", {"nodes": None})
     cluster.until(lambda: client.get("/health/screening")["done"], "the screening")
     found = client.get("/health/screening")
-    assert {node["name"]: node["result"] for node in found["nodes"]} == {
-        names[0]: "good", names[1]: "good", names[2]: "sick",
-    }, found  # fmt: skip
+    results = {node["name"]: node["result"] for node in found["nodes"]}
+    assert (results, found["rounds"], found["links"]) == ({"a": "good", "b": "good", "c": "sick"}, 2, []), (
+        found
+    )
+    assert "fails with a, b (wrong: matmul on rank " in found["nodes"][2]["text"], found
+
+    # That takes it out. Alone it is wrong, too, so it does not come back.
+    cluster.until(lambda: validations("c"), "c to be validated")
+    [failed] = validations("c")
+    assert not failed["passed"]
+    assert failed["text"].startswith("wrong: matmul on rank 0: torch.bfloat16 gives "), failed
+    assert client.get("/nodes/c")["life"] == "quarantined"
+
+    # One that a person has validated is right alone and with the other good one, and works again.
+    client.post("/nodes/a/validate", {"reason": "after new cables"})
+    cluster.until(lambda: validations("a"), "a to be validated")
+    [passed] = validations("a")
+    assert passed["passed"] and passed["text"].endswith("and with b"), passed
+    [alone, pair] = passed["figures"]["kept"]
+    assert (alone["nodes"], pair["nodes"]) == (["a"], ["a", "b"])
+    assert alone["figures"]["matmul"] > 0 and alone["checksums"]["training"]
+    cluster.until(lambda: client.get("/nodes/a")["life"] == "healthy", "a to have proved itself")

@@ -191,13 +191,18 @@ class Validations:
     async def _note(self, screening: Screening) -> None:
         """Into each node's history; whoever is sick is validated, which takes it out."""
         controller, found = self._controller, screening.found
+        texts = {
+            name: told(screening.nodes, screening.rounds, screening.reasons, name)
+            for name in sorted(found.good | found.sick)
+        }
 
         def write(writer: Writer) -> None:
-            for name in sorted(found.good | found.sick):
-                text = told(screening.nodes, screening.rounds, screening.reasons, name)
-                writer.add_event(NewEvent(kind="node screened", text=text, node=Node(name)))
+            for name, text in texts.items():
+                passed = name in found.good
+                event = f"{'good' if passed else 'sick'}: {text}"
+                writer.add_event(NewEvent(kind="node screened", text=event, node=Node(name)))
                 writer.add_validation(
-                    name, job=f"screen-{screening.number}", passed=name in found.good, text=text, figures={}
+                    name, job=f"screen-{screening.number}", passed=passed, text=text, figures={}
                 )
 
         await controller.write(write)
