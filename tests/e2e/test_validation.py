@@ -33,7 +33,7 @@ def test_the_sick_node_of_a_pool(
     cluster.until(lambda: client.get("/health/screening")["done"], "the screening")
     found = client.get("/health/screening")
     results = {node["name"]: node["result"] for node in found["nodes"]}
-    assert (results, found["rounds"], found["links"]) == ({"a": "good", "b": "good", "c": "sick"}, 2, []), (
+    assert (results, found["rounds"], found["links"]) == ({"a": "good", "b": "good", "c": "sick"}, 3, []), (
         found
     )
     assert "fails with a, b (wrong: matmul on rank " in found["nodes"][2]["text"], found

@@ -73,6 +73,8 @@ class Trials:
             return wanted() and not (waits and controller.health.now - began > (start_within_s or 0.0))
 
         job = await self._ended(await self._submitted(spec), still)
+        if not wanted():
+            return None
         said = await self._said(job)
         if not said:
             text = f"{name} says nothing of {' and '.join(nodes)}: {job.state}, {job.reason}"

@@ -18,6 +18,7 @@ from keepstep.core.states import WORKING, LifeState
 from keepstep.decide.asked import Wish
 from keepstep.decide.life import KEEPSTEP, Life
 from keepstep.decide.screen import Pair, Round, Screened, next_round, rounds_max, screened, told
+from keepstep.decide.trial import named
 from keepstep.decide.validation import Verdict
 from keepstep.store import Writer
 from keepstep.store.rows import NewEvent
@@ -85,22 +86,23 @@ class Validations:
             log.info("%s: its validation came too late: %s", life.node, problem)
 
     async def _came(self, life: Life) -> Validation | None:
-        node, name = life.node, f"validate-{life.node}-{life.revision}"
+        node, occasion = life.node, str(life.revision)
 
         def wanted() -> bool:
             now = self._controller.health.ward.life(node)
             return now.state is LifeState.VALIDATING and now.revision == life.revision
 
         of = await self._trials.failed_job(life.out_job)
-        alone = await self._trials.run(name, [node], wanted=wanted, of=of)
+        alone = await self._trials.run(named("validate", [node], occasion), [node], wanted=wanted, of=of)
         if alone is None:
             return None
         if alone.judged.verdict is not Verdict.OK:
             return _validation(alone, f"{alone.judged.verdict}: {alone.judged.reason}", passed=False)
         failed: list[str] = []
         for partner in self._partners(node)[:_PARTNERS]:
+            both = [node, partner]
             pair = await self._trials.run(
-                f"{name}-{partner}", [node, partner], wanted=wanted, of=of, pair=True,
+                named("validate", both, occasion), both, wanted=wanted, of=of, pair=True,
                 start_within_s=_START_WITHIN_S,
             )  # fmt: skip
             if pair is None:
@@ -178,7 +180,7 @@ class Validations:
 
     async def _pair(self, screening: Screening, pair: Pair) -> bool | None:
         nodes = [Node(pair.a), Node(pair.b)]
-        name = f"screen-{screening.number}-{pair.a}-{pair.b}"
+        name = named("screen", nodes, screening.number)
         came = await self._trials.run(name, nodes, wanted=lambda: True, start_within_s=_START_WITHIN_S)
         if came is None:
             return None

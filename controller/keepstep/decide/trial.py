@@ -1,6 +1,8 @@
 """The jobs that validate nodes: which workloads, on whom, in what shape."""
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 
 from keepstep.core.ids import Node
@@ -20,7 +22,15 @@ DEADLINE_S = 60.0  # of a workload
 _DEADLINE_OF_A_JOB_S = 300.0  # in the shape of a job, whatever that is
 _LAYERS_MAX = 2  # one layer multiplies what every other one does
 _SEQ_MAX = 2048
+_NAME_MAX = 24  # of a node's in a job's
 _PRIORITY = 1000  # a node that proves itself waits for nobody's job
+
+
+def named(kind: str, nodes: Sequence[Node], occasion: str) -> str:
+    """A job's name that is always the same for this, whatever nodes are called."""
+    digest = hashlib.blake2b(" ".join((*nodes, occasion)).encode(), digest_size=4).hexdigest()
+    first = re.sub(r"[^a-z0-9]+", "-", nodes[0].lower())[:_NAME_MAX].strip("-")
+    return "-".join(part for part in (kind, first, digest) if part)
 
 
 def trial(
