@@ -15,6 +15,25 @@ from keepstep.decide.ward import Looked, Told, Ward
 from keepstep.spec.rules import load_rules
 
 _LOOKS_MAX = 20
+_RESETS = ["drain and reset", "reboot", "replace"]
+# By the fact sheet, not by the policy file: XID -> class, what is done the first, second and third time.
+XIDS: dict[int, tuple[str, list[str]]] = {
+    **dict.fromkeys((13, 31), ("application", ["restart the application", "validate when idle"])),
+    **dict.fromkeys((43, 68, 69), ("application", ["restart the application"])),
+    45: ("application", []),
+    **dict.fromkeys(
+        (48, 62, 64, 74, 95, 110, 119, 120, 136, 140, 155, 156, 158), ("gpu", _RESETS)
+    ),
+    **dict.fromkeys((61, 92, 121), ("gpu", ["watch"])),
+    63: ("gpu", ["reset when idle"]),
+    79: ("gpu", ["reboot", "replace"]),
+    94: ("gpu", ["reset when idle"]),
+    109: ("application", ["restart the application", "drain and reset"]),
+    143: ("gpu", ["drain and reset", "replace"]),
+    **dict.fromkeys((144, 145, 146, 147, 148, 150), ("fabric", _RESETS)),
+    149: ("fabric", ["watch"]),
+    154: ("gpu", []),
+}  # fmt: skip
 
 
 def xid(

@@ -1,20 +1,18 @@
 """Nodes' health from the kernel's log to the hook and back: real controller, real agents, a stand-in NVML."""
 
-import asyncio
-import signal
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from agents import Agent
-from cluster import Cluster
-from keepstep.agent.probes.xid.kmsg import seconds_since_boot
 from keepstep.core.errors import Refused
-from nvml_standin import Standin, compiler_here
+from keepstep.spec.rules import load_rules
+from machines import Machines
+from nvml_standin import compiler_here
+from wards import XIDS
 
 pytestmark = pytest.mark.skipif(
     compiler_here() is None,
@@ -39,78 +37,24 @@ run:
   ship: none
   warm: never
 """
-NODES = ("g1", "g2", "g3")
+NODES, GPUS = ("g1", "g2", "g3"), 16
 
 
-class Machines:
-    """Agents with a GPU, a driver and a kernel's log each, on a controller that starts none itself."""
-
-    def __init__(self, folder: Path) -> None:
-        self.done = folder / "done"
-        policy = folder / "policy.yaml"
-        policy.write_text(POLICY % self.done)
-        self.cluster = Cluster(folder / "home", nodes=0, slots=1, health_policy=str(policy))
-        self.logs = {node: folder / f"{node}.kmsg" for node in NODES}
-        self.agents = {}
-        for number, node in enumerate(NODES):
-            driver = Standin(folder / f"nvml-{node}", gpus=1)
-            driver.gpu(0).uuid = self.gpu(node).encode()
-            self.logs[node].touch()
-            self.agents[node] = Agent(
-                folder / node, self.cluster.home.controller_file, "--pool", "static", "--kernel-log",
-                str(self.logs[node]), "--address", "127.0.0.1", "--interface", "lo", node=node,
-                env=driver.env,
-            )  # fmt: skip
-            self.agents[node].start()
-            self.lines = number
-        self.cluster.until(lambda: len(self.cluster.connected()) == len(NODES), "the agents")
-
-    @staticmethod
-    def gpu(node: str) -> str:
-        return f"GPU-{node}"
-
-    def xid(self, node: str, code: int) -> float:
-        """The kernel's line, now."""
-        self.lines += 1
-        text = f"NVRM: Xid (PCI:0000:0f:00): {code}, pid=7, it broke"
-        line = f"4,{self.lines},{int(seconds_since_boot() * 1e6)},-;{text}\n"
-        with self.logs[node].open("a") as file:
-            file.write(line)
-        return time.monotonic()
-
-    def node(self, name: str) -> dict[str, Any]:
-        return self.cluster.client.get(f"/nodes/{name}")
-
-    def history(self, name: str) -> list[dict[str, Any]]:
-        return self.cluster.client.pages(f"/nodes/{name}/history", "events", limit=500)
-
-    def kinds(self, name: str) -> list[str]:
-        """Of its life, in order."""
-        kinds = [event["kind"] for event in self.history(name)]
-        return [kind for kind in kinds if kind.startswith("node ") and kind != "node registered"]
-
-    def until(self, name: str, life: str) -> None:
-        self.cluster.until(
-            lambda: self.node(name)["life"] == life, f"{name} to be {life}: {self.node(name)}", within_s=60
-        )
-
-    def close(self) -> None:
-        for agent in self.agents.values():
-            agent.signal(signal.SIGTERM)
-            asyncio.run(agent.ended())
-        self.cluster.close()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("health")
 
 
-@pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Machines]:
-    made = Machines(tmp_path)
+@pytest.fixture(scope="module")
+def machines(folder: Path) -> Iterator[Machines]:
+    made = Machines(folder, *NODES, gpus=GPUS, policy=POLICY % (folder / "done"))
     yield made
     made.close()
 
 
-def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) -> None:
+def test_from_an_xid_to_the_repair_and_back(machines: Machines, folder: Path) -> None:
     cluster = machines.cluster
-    job = cluster.submit(JOB.format(python=sys.executable, folder=tmp_path))
+    job = cluster.submit(JOB.format(python=sys.executable, folder=folder))
     told = cluster.wait(job, lambda told: told["attempt"] and len(cluster.ranks(job)) == 2)
     first, sick = told["attempt"]["nodes"]
     spare = (set(NODES) - {first, sick}).pop()
@@ -119,14 +63,15 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) 
     machines.xid(first, 31)
     cluster.until(lambda: "node found" in machines.kinds(first), "the XID to be noted")
     assert machines.history(first)[-1]["text"] == (
-        "XID 31 on GPU-" + first + " (exception on a GPU): restart the application"
+        f"XID 31 on {machines.gpu(first)} (exception on a GPU): restart the application"
     )
     cluster.kill_controller()
     cluster.start()
     cluster.until(lambda: len(cluster.connected()) == len(NODES), "the agents to be back")
 
     # One that policy calls the GPU's: its job leaves for the spare, the hook repairs it.
-    written = machines.xid(sick, 48)
+    machines.xid(sick, 48)
+    written = time.monotonic()
     cluster.until(lambda: machines.node(sick)["life"] != "healthy", "the node to go")
     print(f"xid to the stored decision, seen over REST: {time.monotonic() - written:.2f} s")
     told = cluster.wait(job, lambda told: told["attempt"] and told["attempt"]["number"] == 2)
@@ -134,8 +79,10 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) 
     [incident] = cluster.incidents(job)
     assert (incident["verdict"], incident["culprit"]["node"]) == ("sick node", sick), incident
     machines.until(sick, "validating")
-    [done] = machines.done.read_text().splitlines()
-    assert done.startswith(f"{sick}: drain and reset (") and f"XID 48 on GPU-{sick} (GPU needs" in done
+    [done] = (folder / "done").read_text().splitlines()
+    assert (
+        done.startswith(f"{sick}: drain and reset (") and f"XID 48 on {machines.gpu(sick)} (GPU needs" in done
+    )
     with pytest.raises(Refused, match="already validating"):
         cluster.client.post(f"/nodes/{sick}/drain", {"reason": "again"})
     cluster.client.post(f"/nodes/{sick}/validated", {"passed": True, "reason": "by hand"})
@@ -150,6 +97,11 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) 
     [validation] = cluster.client.get(f"/nodes/{sick}/history")["validations"]
     assert (validation["passed"], validation["text"]) == (True, "by hand")
 
+    with urllib.request.urlopen(f"{cluster.running.url}/metrics", timeout=10) as answer:  # noqa: S310
+        metrics = answer.read().decode()
+    assert 'keepstep_node_lives{life="healthy"} 3.0' in metrics
+    assert 'keepstep_health_decisions_total{action="drain and reset",rule="GPU needs a reset"} 1.0' in metrics
+
     # People: who and why, everywhere.
     cluster.client.post(f"/nodes/{sick}/cordon", {"reason": "fans"})
     shown = machines.node(sick)
@@ -159,3 +111,33 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, tmp_path: Path) 
     assert machines.history(sick)[-1]["principal"] == shown["life_owner"]
     cluster.client.post(f"/jobs/{job}/cancel")
     cluster.wait_state(job, "cancelled")
+
+
+def test_every_row_of_the_xid_table_by_way_of_the_kernels_log(machines: Machines) -> None:
+    """With a node out already, the breaker holds this one: so each finding is seen for itself."""
+    cluster, (out, node, _) = machines.cluster, NODES
+    cluster.client.post(f"/nodes/{out}/cordon", {"reason": "so that no other goes"})
+    before = len(machines.history(node))
+    used: dict[str, int] = {}
+    expected = set()
+    for code, (_, actions) in XIDS.items():
+        rule = load_rules().rule("xid", code)
+        assert rule is not None
+        gpu = used[rule.name] = used.get(rule.name, 0) + 1  # the same rule on the same GPU is one burst
+        machines.xid(node, code, gpu)
+        if actions:
+            where = machines.gpu(node, gpu)
+            expected.add(f"XID {code} on {where} ({rule.name}): {actions[0]}")
+    machines.drivers[node].lose(GPUS - 1)  # and no line says so
+    lost = machines.gpu(node, GPUS - 1)
+
+    def found() -> set[str]:
+        events = machines.history(node)[before:]
+        return {event["text"] for event in events if event["kind"] == "node found"}
+
+    cluster.until(lambda: len(found()) > len(expected), "all of them to be found")
+    [line] = found() - expected
+    assert line.startswith(f"gpu.lost on {lost}") and line.endswith("(GPU off the bus): reboot")
+    told = [event["text"] for event in machines.history(node) if event["kind"] == "node held"]
+    assert told and "the breaker holds g2: 1 of 3 nodes of the fleet are out already" in told[0]
+    assert machines.node(node)["life"] == "healthy"

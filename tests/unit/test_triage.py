@@ -9,27 +9,8 @@ from keepstep.core.states import LifeState
 from keepstep.decide.life import Outcome, Repair
 from keepstep.decide.triage import Report
 from keepstep.spec.rules import load_rules
-from wards import Fleet, check, xid
+from wards import XIDS, Fleet, check, xid
 
-RESETS = ["drain and reset", "reboot", "replace"]
-# By the fact sheet, not by the policy file: XID -> class, what is done the first, second and third time.
-TABLE: dict[int, tuple[str, list[str]]] = {
-    **dict.fromkeys((13, 31), ("application", ["restart the application", "validate when idle"])),
-    **dict.fromkeys((43, 68, 69), ("application", ["restart the application"])),
-    45: ("application", []),
-    **dict.fromkeys(
-        (48, 62, 64, 74, 95, 110, 119, 120, 136, 140, 155, 156, 158), ("gpu", RESETS)
-    ),
-    **dict.fromkeys((61, 92, 121), ("gpu", ["watch"])),
-    63: ("gpu", ["reset when idle"]),
-    79: ("gpu", ["reboot", "replace"]),
-    94: ("gpu", ["reset when idle"]),
-    109: ("application", ["restart the application", "drain and reset"]),
-    143: ("gpu", ["drain and reset", "replace"]),
-    **dict.fromkeys((144, 145, 146, 147, 148, 150), ("fabric", RESETS)),
-    149: ("fabric", ["watch"]),
-    154: ("gpu", []),
-}  # fmt: skip
 STATES = {
     "restart the application": LifeState.HEALTHY,
     "watch": LifeState.HEALTHY,
@@ -53,9 +34,9 @@ def put_back(fleet: Fleet, node: str) -> None:
     fleet.now += 3600.0
 
 
-@pytest.mark.parametrize("code", TABLE)
+@pytest.mark.parametrize("code", XIDS)
 def test_each_row_of_the_xid_table(code: int) -> None:
-    of, actions = TABLE[code]
+    of, actions = XIDS[code]
     rule = load_rules().rule("xid", code)
     assert rule is not None
     assert rule.of is Class(of)
@@ -78,7 +59,7 @@ def test_each_row_of_the_xid_table(code: int) -> None:
 
 def test_the_shipped_policy_names_every_xid_once() -> None:
     codes = [code for rule in load_rules().rules for code in rule.xids]
-    assert sorted(codes) == sorted(TABLE)
+    assert sorted(codes) == sorted(XIDS)
 
 
 def test_an_xid_that_nobody_knows_does_nothing() -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from keepstep.control.loop import Controller
-from keepstep.core.states import JobState, NodeState
+from keepstep.core.states import JobState, LifeState, NodeState
 
 
 class Collector:
@@ -19,6 +19,7 @@ class Collector:
         for state in NodeState:
             nodes.add_metric([state], sum(member.state is state for member in members))
         yield nodes
+        yield from self._health()
         jobs = GaugeMetricFamily("keepstep_jobs", "Unfinished jobs by state.", labels=["state"])
         for job_state in JobState:
             jobs.add_metric([job_state], sum(entry.job.state == job_state for entry in entries))
@@ -38,3 +39,17 @@ class Collector:
         yield GaugeMetricFamily(
             "keepstep_term", "Term of this controller.", value=self._controller.store.term
         )
+
+    def _health(self) -> Iterable[Metric]:
+        members = self._controller.fleet.members.values()
+        lives = GaugeMetricFamily("keepstep_node_lives", "Nodes by their life as hardware.", labels=["life"])
+        for life in LifeState:
+            lives.add_metric([life], sum(member.life is life for member in members))
+        yield lives
+        decisions = CounterMetricFamily(
+            "keepstep_health_decisions", "Findings of node health, by rule and what is done.",
+            labels=["rule", "action"],
+        )  # fmt: skip
+        for (rule, action), times in self._controller.health.decisions.items():
+            decisions.add_metric([rule, action], times)
+        yield decisions

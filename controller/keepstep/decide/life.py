@@ -120,6 +120,10 @@ class Life:
     def repair(self) -> Repair | None:
         return self.repairs[-1] if self.repairs else None
 
+    def waits(self, now: float) -> bool:
+        """Only its time can move it on: it works, and nothing speaks against it."""
+        return self.works and not self.needs and self.due is not None and now < self.due
+
     @property
     def plain(self) -> bool:
         """Nothing about it has to be looked at again until it reports something."""

@@ -181,6 +181,8 @@ class Ward:
         room = Room.counted(lives, self.policy.bounds, sizes, now)
         lives.sort(key=_urgency)
         for life in lives:
+            if life.waits(now) and life.node not in looked.lives and life.node not in going:
+                continue
             step = advance(life, where(life.node), self.policy, now, room)
             if step is None:
                 continue
