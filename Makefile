@@ -10,6 +10,8 @@ CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs
 UV_SYSTEM_CERTS ?= $(if $(CERTIFICATES),true,false)
 UV := UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) UV_HTTP_TIMEOUT=60 VIRTUAL_ENV=$(VENV) $(BIN)/uv
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests wait for other processes much of the time: one runner a core. Those that come late are taken over.
+ABREAST := -n auto --dist worksteal
 QUICK := unit property golden contract integration
 
 TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
@@ -27,11 +29,11 @@ demo: setup ## a gang that trains while ranks and a node are killed under it
 	$(BIN)/keepstep demo
 
 test: setup ## the quick suites: a few minutes
-	$(PYTEST) $(wildcard $(QUICK:%=tests/%)) -m "not slow"
+	$(PYTEST) $(ABREAST) $(wildcard $(QUICK:%=tests/%)) -m "not slow"
 
 test-slow: setup $(VENV)/.peers $(VENV)/.ray ## what `make test` leaves out: slow ones and e2e
-	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) tests/e2e --durations=25)
-	$(PYTEST) tests --ignore=tests/e2e -m slow || test $$? -eq 5  # 5: there are none
+	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) $(ABREAST) tests/e2e --durations=25)
+	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e -m slow || test $$? -eq 5  # 5: there are none
 
 test-all: test test-slow ## every suite
 

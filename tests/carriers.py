@@ -134,9 +134,15 @@ def agree(*ranks: Slots) -> None:
 
 
 def protect(*ranks: Slots, step: int) -> None:
-    """Until every rank has a step twice."""
-    for slots in ranks:
-        until(lambda slots=slots: slots.says[0] >= step, f"step {step} of rank {slots.shape.rank}")  # type: ignore[misc]
+    """Until every rank has a step twice; what is older is agreed on first."""
+
+    def protected() -> bool:
+        if all(slots.says[0] >= step for slots in ranks):
+            return True
+        agree(*ranks)
+        return False
+
+    until(protected, f"step {step} of ranks {[slots.shape.rank for slots in ranks]}")
 
 
 def restore(slots: Slots, rank: int, *, world: int, at: tuple[int, int]) -> bytes:

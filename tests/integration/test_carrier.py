@@ -140,9 +140,21 @@ def test_the_carrier_tells_what_sending_takes(pair: list[Node]) -> None:
     until(lambda: snapshots.read_send(slots._memory) == 0, "nobody to send to")
 
 
-def test_what_is_not_sealed_is_not_overwritten(pair: list[Node]) -> None:
+def test_what_is_on_its_way_is_not_overwritten(pair: list[Node]) -> None:
     a, b = pair
     b.kill()  # rank 0's buddy takes nothing
+    slots = a.slots(0, world=1, attempt=1)
+    for step in range(1, 8):
+        agree(slots)
+        assert slots.says[0] < 0
+        assert take(slots, step)
+    assert {step for _, _, step, _ in a.held()} >= {1, 6, 7}
+
+
+def test_little_memory_means_three_slots_and_skipped_snapshots(pair: list[Node]) -> None:
+    a, b = pair
+    a.meet(a, b, buddy="b", bytes_max=10 << 20)
+    b.kill()
     slots = a.slots(0, world=1, attempt=1)
     taken = []
     for step in range(1, 8):

@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepstep.core.cadence import (
+    SAVE_MAX_S,
+    SAVE_MIN_S,
     SEND_FLOOR_S,
     SEND_SHARE,
     STALL_FLOOR_S,
@@ -11,6 +13,8 @@ from keepstep.core.cadence import (
     STEPS_MAX,
     Costs,
     interval,
+    mtbf_s,
+    save_interval_s,
 )
 
 seconds = st.floats(0.0001, 300.0)
@@ -54,3 +58,27 @@ def test_a_large_state_is_kept_more_rarely() -> None:
     assert interval(step_s=0.2, stall_s=0.002, send_s=0.05) == 1
     assert interval(step_s=0.2, stall_s=0.04, send_s=0.05) == 4
     assert interval(step_s=0.2, stall_s=0.002, send_s=1.0) == 10
+
+
+@given(cost_s=seconds, between_s=st.floats(1.0, 1e9))
+def test_checkpoints_come_as_often_as_what_they_cost_and_what_they_spare_balance(
+    cost_s: float, between_s: float
+) -> None:
+    """What saving takes a second, and half of what a failure takes a second: least where both are equal."""
+    every_s = save_interval_s(cost_s, between_s)
+    assert SAVE_MIN_S <= every_s <= SAVE_MAX_S
+
+    def lost(s: float) -> float:
+        return cost_s / s + s / 2 / between_s
+
+    if SAVE_MIN_S < every_s < SAVE_MAX_S:
+        assert lost(every_s) <= min(lost(every_s * 1.01), lost(every_s / 1.01))
+
+
+def test_a_gang_that_fails_more_often_than_others_is_known_by_it() -> None:
+    published = mtbf_s(16_384, 0, 0.0)
+    assert 3 * 3600 < published < 3.2 * 3600  # every three hours, as Llama 3 405B
+    hours = 48 * 3600.0
+    assert mtbf_s(16_384, 48, hours) < published / 2
+    assert mtbf_s(16_384, 4, hours) > published
+    assert mtbf_s(8, 0, 0.0) == published * 16_384 / 8

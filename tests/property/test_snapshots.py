@@ -3,11 +3,12 @@ restores can come, for a few ranks and steps, with the very rules that ranks and
 
 A rank's life: it computes, it enters the gradient collective of its next step (its last copy must be whole by
 then), it passes when all have entered, and may begin to copy its new state. Its carrier sends whole copies,
-some or all, to the next rank's node, and publishes what came back. At any moment the gang may be killed, or
-one node lost with all it held; a restore may reach only some nodes before the next kill.
+one after the other, to the next rank's node, and publishes what came back. At any moment the gang may be
+killed, or one node lost with all it held; a restore may reach only some nodes before the next kill.
 
-Held: after a kill there is a state that every rank has; after the loss of a node there is one that is not
-older than what was sealed. The same search finds what is lost when a rule is weakened.
+Held: after a kill there is a state that every rank has, with four slots the last but one at most; after the
+loss of a node there is one that is not older than what was sealed. The same search finds what is lost when a
+rule is weakened.
 """
 
 from collections import deque
@@ -20,7 +21,9 @@ import pytest
 
 from keepstep.core.snapshots import (
     BUDDY,
+    LEAST_SLOTS,
     NO_BUDDY,
+    SLOTS,
     Stamp,
     after_restore,
     free_slot,
@@ -28,6 +31,7 @@ from keepstep.core.snapshots import (
     on_chain,
     origin,
     protected,
+    to_send,
 )
 
 Stamps = tuple[Stamp | None, ...]
@@ -35,7 +39,7 @@ Lineage = tuple[Stamp | None, ...]  # by attempt, from 1 on: what it began from
 
 
 class Slots(NamedTuple):
-    """Three slots, and what is being written into one of them."""
+    """What is whole, and what is being written into one of them."""
 
     at: Stamps
     writing: tuple[int, Stamp] | None = None
@@ -51,6 +55,9 @@ class Slots(NamedTuple):
 
     def torn(self) -> "Slots":
         return Slots(self.at)
+
+
+NO_COPIES = Slots((None,) * LEAST_SLOTS)
 
 
 class Rank(NamedTuple):
@@ -82,11 +89,11 @@ class Rules:
     kills: int = 1
     losses: int = 0
     buddies: bool = True
-    slots: int = 3
+    slots: int = SLOTS
     gate: str = "collective"  # when the last copy must be whole: | "update" (all have entered) | "never"
     purge: bool = True  # a restore drops what was left
     keeps_older: bool = True  # a restore leaves what lies before its point
-    agreed: bool = True  # that everybody has a slot free
+    in_order: bool = True  # what is to be sent next is the same for all ranks
 
 
 class Explorer:
@@ -97,7 +104,7 @@ class Explorer:
     def search(self) -> str:
         """What was lost first, or nothing."""
         empty = Slots((None,) * self.rules.slots)
-        ranks = tuple(Rank(0, empty, empty) for _ in range(self.rules.ranks))
+        ranks = tuple(Rank(0, empty, NO_COPIES) for _ in range(self.rules.ranks))
         start = World(ranks, (None,), self.rules.kills, self.rules.losses)
         queue = deque([start])
         self.seen.add(start)
@@ -119,7 +126,8 @@ class Explorer:
         point = self._point(world, ())
         if point is None and (newest > 1 or world.lineage[-1]):
             return "a kill leaves no common state"
-        if not self.rules.buddies and newest - (point.step if point else 0) > 1:
+        skips = self.rules.buddies and self.rules.slots == LEAST_SLOTS
+        if not skips and newest - (point.step if point else 0) > 1:
             return "a kill costs more than one step"
         if point is not None and self.rules.buddies:
             for node in range(len(world.ranks)):
@@ -166,7 +174,7 @@ class Explorer:
             kind = BUDDY if rules.buddies else NO_BUDDY
             said = (
                 protected(rank.own.at, world.attempt, (kind, rank.acknowledged)),
-                frees_at(rank.own.at) if rules.agreed else -1,
+                frees_at(rank.own.at, rank.sealed, world.attempt),
             )
             says = tuple(said if n == rank.step % 2 else old for n, old in enumerate(rank.says))
             yield rank._replace(entered=True, says=says)
@@ -184,7 +192,7 @@ class Explorer:
                      default=None)  # fmt: skip
         needed = max(needs for _, needs in said)
         after = rank._replace(step=rank.step + 1, entered=False, sealed=sealed)
-        number = free_slot(rank.own.at, sealed)
+        number = free_slot(rank.own.at, sealed, world.attempt)
         if rank.own.writing or number is None or (sealed.step if sealed else -1) < needed:
             return after
         return after._replace(own=rank.own.begin(number, Stamp(world.attempt, after.step)))
@@ -198,11 +206,11 @@ class Explorer:
         newest = max(there, default=None)
         if newest and newest != rank.acknowledged:
             yield rank._replace(acknowledged=newest)
-        waiting = sorted(
-            at for at in rank.own.at if at and at.attempt == attempt and at not in there
-            and (newest is None or at > newest)
-        )  # fmt: skip
-        for at in waiting:  # in any order: older ones may be left out
+        following = to_send(rank.own.at, rank.sealed, attempt)
+        waiting = [at for at in rank.own.at if at and at.attempt == attempt]
+        for at in waiting:
+            if at in there or (newest and at < newest) or (self.rules.in_order and at != following):
+                continue
             number = free_slot(rank.copy.at, rank.sealed)
             if number is not None:
                 yield rank._replace(copy=rank.copy.begin(number, at))
@@ -221,7 +229,7 @@ class Explorer:
             ranks = []
             for k, rank in enumerate(world.ranks):
                 own = empty if k in lost else rank.own.torn()
-                copy = empty if (k + 1) % count in lost else rank.copy.torn()
+                copy = NO_COPIES if (k + 1) % count in lost else rank.copy.torn()
                 if reached >> k & 1:
                     own = self._stamped(own, lineage, rank.sealed, point)
                 if reached >> (k + 1) % count & 1:
@@ -260,21 +268,25 @@ def _parents(lineage: Lineage) -> dict[int, Stamp | None]:
 
 HELD = {
     "two ranks, a kill": Rules(steps=3),
+    "two ranks, more steps, a kill": Rules(steps=4),
     "two ranks, two kills": Rules(steps=2, kills=2),
     "two ranks, a kill and a lost node": Rules(kills=1, losses=1, steps=2),
-    "two ranks, many steps": Rules(steps=4, kills=0),
+    "two ranks, many steps": Rules(steps=5, kills=0),
+    "two ranks with three slots, a kill and a lost node": Rules(slots=3, kills=1, losses=1, steps=2),
+    "two ranks with three slots, many steps": Rules(slots=3, steps=5, kills=0),
     "two ranks without buddies, three kills": Rules(buddies=False, steps=4, kills=3),
     "three ranks without buddies, two kills": Rules(ranks=3, buddies=False, steps=4, kills=2),
     "three ranks": Rules(ranks=3, steps=2, kills=0),
 }
 WEAKENED = {
+    "the newest may be sent first": (Rules(steps=5, kills=0, in_order=False), "was sealed"),
     "copies may be late": (Rules(buddies=False, steps=5, gate="never"), "no common state"),
     "two slots, copies whole before the update": (
         Rules(buddies=False, steps=5, slots=2, gate="update"), "no common state"
     ),
     "a restore drops what lies before its point": (Rules(keeps_older=False), "was sealed"),
     "a restore leaves the slots as they are": (
-        Rules(purge=False, kills=2, buddies=False), "more than one step"
+        Rules(purge=False, kills=2, buddies=False, slots=3), "more than one step"
     ),
 }  # fmt: skip
 

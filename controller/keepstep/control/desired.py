@@ -6,6 +6,7 @@ from typing import Any
 
 from keepstep.control.book import Entry, layout_of
 from keepstep.control.fleet import Member
+from keepstep.core.cadence import mtbf_s
 from keepstep.core.ids import JobId, Node, Term
 from keepstep.core.job import JobSpec
 from keepstep.core.layout import local_ranks
@@ -96,6 +97,8 @@ def run_of(spec: JobSpec) -> dict[str, Any]:
 def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy, carriers: Carriers) -> wire.Launch:
     spec, layout = entry.spec, layout_of(row)
     checkpoint = asdict(spec.checkpoint)
+    if spec.checkpoint.auto:
+        checkpoint["mtbf_s"] = _mtbf_s(entry, row)
     if spec.checkpoint.dir is not None:
         checkpoint["dir"] = checkpoint_folder(spec, entry.job.id)
     return wire.Launch(
@@ -124,6 +127,14 @@ def _launch(entry: Entry, row: AttemptRow, node_rank: int, policy: Policy, carri
         orphan_lease_s=orphan_lease_s(spec, policy),
         attached=entry.job.attached_node is not None,
     )
+
+
+def _mtbf_s(entry: Entry, row: AttemptRow) -> float:
+    """By the attempts before this one: the same whenever it is asked."""
+    past = [before for before in entry.attempts if before.number < row.number]
+    ran_s = max(0.0, sum(before.ended_at - before.placed_at for before in past if before.ended_at))
+    failures = sum(before.incident is not None for before in past)
+    return mtbf_s(layout_of(row).world_size, failures, ran_s)
 
 
 def _keep(entry: Entry, row: AttemptRow, carriers: Carriers, *, over: bool = False) -> list[wire.Keep]:

@@ -1,8 +1,10 @@
-"""How often a state is kept in memory: so often that it costs no more than a share of the time.
+"""How often a state is kept: in memory, so often that it costs no more than a share of the time; in storage,
+by Young's rule, from what saving costs and how often such a gang was stopped.
 
-Two things take time: the copy, for which the rank stands still, and sending it to the buddy, which takes the
-network and both nodes' processors while ranks compute. Measured is the least of the last few, so that what a
-busy machine adds does not count; below the floors it is latency more than work, not worth a rarer snapshot.
+In memory, two things take time: the copy, for which the rank stands still, and sending it to the buddy, which
+takes the network and both nodes' processors while ranks compute. Measured is the least of the last few, so
+that what a busy machine adds does not count; below the floors it is latency more than work, not worth a rarer
+snapshot.
 """
 
 import math
@@ -14,7 +16,10 @@ STALL_SHARE = 0.05  # of a rank's time, at most
 SEND_SHARE = 0.5  # of the time in which copies are on their way to the buddy, at most
 STALL_FLOOR_S, SEND_FLOOR_S = 0.002, 0.05
 STEPS_MAX = 1000
+SAVE_MIN_S, SAVE_MAX_S = 60.0, 3600.0  # from one checkpoint in storage to the next
 _KEPT = 8
+# Before a job has a history of its own: Llama 3 405B was stopped 419 times in 54 days on 16,384 GPUs.
+_GPU_S_A_FAILURE = 54 * 86_400 * 16_384 / 419
 
 
 def interval(step_s: float, stall_s: float, send_s: float) -> int:
@@ -35,6 +40,16 @@ def interval(step_s: float, stall_s: float, send_s: float) -> int:
     if step_s <= 0:
         return STEPS_MAX
     return max(1, min(STEPS_MAX, math.ceil(max(spaces) / step_s)))
+
+
+def mtbf_s(gpus: int, failures: int, ran_s: float) -> float:
+    """Seconds from one failure of such a gang to the next: what is published, and what this job has seen."""
+    return (_GPU_S_A_FAILURE + gpus * ran_s) / (1 + failures) / gpus
+
+
+def save_interval_s(cost_s: float, mtbf_s: float) -> float:
+    """Between checkpoints in storage, each of which holds training up for `cost_s` (Young, 1974)."""
+    return min(SAVE_MAX_S, max(SAVE_MIN_S, math.sqrt(2 * cost_s * mtbf_s)))
 
 
 def _few() -> deque[float]:

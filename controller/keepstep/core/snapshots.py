@@ -1,25 +1,30 @@
 """A rank's snapshots in memory: their format, and the rules that rank, carrier and controller share.
 
-Each rank has one memory file without a name: a page, then three slots. The rank writes its slots; its node's
-carrier holds the file too, so it outlives the rank, and sends what is in it to a buddy node, which keeps
-three slots of its own for it. Standard library only: this module runs inside ranks.
+Each rank has one memory file without a name: a page, then four slots, or three where memory is scarce. The
+rank writes its slots; its node's carrier holds the file too, so it outlives the rank, and sends what is in it
+to a buddy node, which keeps three slots of its own for it. Standard library only: this module runs inside
+ranks.
 
     0     magic, version, rank, world size, room for description and payload
     64    what the gang has agreed to be sealed       (written by the rank)
     128   what the buddy has acknowledged             (written by the carrier, or that there is no buddy)
     192   how long sending takes, in nanoseconds      (written by the carrier; 0: not known)
     256   slot records, 128 bytes each: attempt, step, sizes, checksum
-    4096  three times: the description (JSON), the payload
+    4096  for each slot: the description (JSON), the payload
 
 Why no point is ever lost (tests/property explores all of it for two and three ranks):
 
 * A state is whole before its rank enters the first gradient collective of the next step, so no rank is ever
   more than one step past another's newest whole state.
 * Sealed is the newest state that every rank has whole, here and at its buddy: the MIN over what each rank has
-  `protected`, made in a reduction that each step needs anyway. What is sealed, and whatever is newer, is not
-  overwritten. So when a newer state is sealed, every rank still has it; what lies before it is free.
+  `protected`, made in a reduction that each step needs anyway. Carriers send the oldest state that is not
+  sealed yet (`to_send`). That one, what is sealed and the newest are not overwritten: so when a newer state
+  is sealed, every rank still has it, and what lies before it is free.
+* With four slots what lies between the state that is on its way and the newest one is free, too: each step
+  can be kept, however slow the network is, and a kill costs at most the step under way.
 * All ranks take the same steps: in the same reduction each says from which sealed state on it has a slot free
-  (`frees_at`). Unless the new sealed state is enough for all of them, all skip, and nobody waits.
+  (`frees_at`). Unless the new sealed state is enough for all of them, all skip, and nobody waits. It happens
+  with three slots, and right after a restore.
 * A restore stamps the state that it used with the new attempt, and drops what is off the chain or past that
   state. What lies before it stays until the new attempt has sealed something: a node that is lost meanwhile
   may need it. Slots are ordered by (attempt, step).
@@ -31,12 +36,12 @@ from (N, s). So a restore that reached only some nodes has lost nothing (`origin
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 MAGIC = b"KSSLOTS\0"
 VERSION = 1
-SLOTS = 3
+SLOTS, LEAST_SLOTS = 4, 3
 PAGE = 4096
 
 _HEAD = struct.Struct("<8sHHIIIQQ")
@@ -62,6 +67,7 @@ class Shape:
     world: int
     description_max: int
     payload_max: int
+    slots: int = field(default=LEAST_SLOTS, compare=False)  # a file with fewer is as good
 
     @property
     def stride(self) -> int:
@@ -69,7 +75,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        return PAGE + SLOTS * self.stride
+        return PAGE + self.slots * self.stride
 
     def description_at(self, slot: int) -> int:
         return PAGE + slot * self.stride
@@ -97,7 +103,7 @@ class Page(Protocol):
 
 def head(shape: Shape) -> bytes:
     return _HEAD.pack(
-        MAGIC, VERSION, SLOTS, shape.rank, shape.world, 0, shape.description_max, shape.payload_max
+        MAGIC, VERSION, shape.slots, shape.rank, shape.world, 0, shape.description_max, shape.payload_max
     )
 
 
@@ -107,13 +113,14 @@ def read_shape(page: Page) -> Shape | None:
     if len(data) < _HEAD.size:
         return None
     magic, version, slots, rank, world, _, description, payload = _HEAD.unpack(data)
-    if magic != MAGIC or version != VERSION or slots != SLOTS:
+    if magic != MAGIC or version != VERSION or not LEAST_SLOTS <= slots <= SLOTS:
         return None
-    return Shape(rank=rank, world=world, description_max=description, payload_max=payload)
+    return Shape(rank=rank, world=world, description_max=description, payload_max=payload, slots=slots)
 
 
 def read_slots(page: Page) -> tuple[Slot, ...]:
-    return tuple(_read_slot(page, k) for k in range(SLOTS))
+    shape = read_shape(page)
+    return tuple(_read_slot(page, k) for k in range(shape.slots if shape else 0))
 
 
 def slot_record(number: int, slot: Slot, generation: int) -> tuple[int, bytes]:
@@ -169,17 +176,33 @@ def read_buddy(page: Page) -> tuple[int, Stamp | None]:
 Parents = Mapping[int, Stamp | None]  # from which state each attempt began; None: from nothing
 
 
-def free_slot(slots: Sequence[Stamp | None], sealed: Stamp | None) -> int | None:
-    """Which slot may be written: an empty one, else the oldest of those before `sealed`; None: skip."""
+def free_slot(slots: Sequence[Stamp | None], sealed: Stamp | None, attempt: int | None = None) -> int | None:
+    """Which slot may be written: an empty one, else the oldest of those before `sealed`; None: skip.
+
+    `attempt`: of the rank that writes. With more than three slots it may also give up what lies between the
+    state that is on its way to the buddy and the newest one.
+    """
     free = [(at or Stamp(0, -1), k) for k, at in enumerate(slots) if at is None or (sealed and at < sealed)]
+    if not free and attempt is not None and len(slots) > LEAST_SLOTS:
+        free = [(at, slots.index(at)) for at in _unsealed(slots, sealed, attempt)[1:-1]]
     return min(free)[1] if free else None
 
 
-def frees_at(slots: Sequence[Stamp | None]) -> int:
+def to_send(slots: Sequence[Stamp | None], sealed: Stamp | None, attempt: int) -> Stamp | None:
+    """The state that the buddy is to have next. The same one for all ranks, so that it can be sealed."""
+    return next(iter(_unsealed(slots, sealed, attempt)), None)
+
+
+def frees_at(slots: Sequence[Stamp | None], sealed: Stamp | None, attempt: int) -> int:
     """The step that must be sealed, at least, for a slot to be free; -1: one is."""
-    if any(at is None for at in slots):
+    if free_slot(slots, sealed, attempt) is not None:
         return -1
     return min(at.step for at in slots if at is not None) + 1
+
+
+def _unsealed(slots: Sequence[Stamp | None], sealed: Stamp | None, attempt: int) -> list[Stamp]:
+    """The attempt's own states, the oldest first."""
+    return sorted(at for at in slots if at and at.attempt == attempt and (sealed is None or at > sealed))
 
 
 def protected(slots: Iterable[Stamp | None], attempt: int, buddy: tuple[int, Stamp | None]) -> int:

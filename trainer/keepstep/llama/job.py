@@ -20,11 +20,12 @@ COLLECTIVE_TIMEOUT_S = 600.0  # hangs are found by the agents, long before
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointing:
-    """Neither interval: only when stopped and at the end."""
+    """Neither interval: by Young's rule, where `mtbf_s` is known. When stopped and at the end in any case."""
 
     folder: Path
     every_steps: int | None = None
     every_s: float | None = None
+    mtbf_s: float | None = None
     keep: int = 3
 
 
@@ -139,7 +140,7 @@ def _checkpointing(value: Mapping[str, Any] | None) -> Checkpointing | None:
         return None
     return Checkpointing(
         folder=Path(value["dir"]), every_steps=value.get("every_steps"), every_s=value.get("every_s"),
-        keep=value.get("keep", 3),
+        mtbf_s=value.get("mtbf_s"), keep=value.get("keep", 3),
     )  # fmt: skip
 
 

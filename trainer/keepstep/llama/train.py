@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import ProcessGroup
 
+from keepstep.core import cadence
 from keepstep.core.errors import InputError, KeepstepError
 from keepstep.llama import memory, parallel
 from keepstep.llama.data import Corpus
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from keepstep.llama import checkpoint
 
 STOPPED = 128 + signal.SIGTERM
+_COST_S = 1.0  # of a save, before one was made
 Beside = Callable[[], ProcessGroup | None]  # a group for checkpoints alone, made when it is needed first
 
 
@@ -116,13 +118,19 @@ class Keeper:
     def __init__(self, trainer: Trainer, corpus: Corpus, beside: Beside) -> None:
         self._trainer, self._corpus, self._beside = trainer, corpus, beside
         self._last = time.monotonic()
+        self._cost_s = _COST_S  # of a save, for training
         self._saver: checkpoint.Saver | None = None  # from the first save on, which is the same on all ranks
 
     @property
     def due(self) -> bool:
         """Whether this rank's clock wants a save. What is done is what any rank wanted."""
         config = self._trainer.job.checkpoint
-        return bool(config and config.every_s and time.monotonic() - self._last >= config.every_s)
+        if config is None or config.every_steps:
+            return False
+        every_s = config.every_s
+        if every_s is None and config.mtbf_s is not None:
+            every_s = cadence.save_interval_s(self._cost_s, config.mtbf_s)
+        return every_s is not None and time.monotonic() - self._last >= every_s
 
     def after_step(self, *, wanted: bool) -> None:
         """Every rank decides the same: `wanted` is what all of them know."""
@@ -153,8 +161,10 @@ class Keeper:
                 ),
                 group=self._beside(), session=trainer.session, keep=config.keep, wait_s=job.timeout_s,
             )  # fmt: skip
+        begun = time.monotonic()
         self._saver.save(step, tokens=step * job.global_tokens, data=self._corpus.position(step))
         self._last = time.monotonic()
+        self._cost_s = self._last - begun
         return self._saver
 
 

@@ -1,4 +1,4 @@
-"""A rank's own three slots: written here, held by the carrier (see core.snapshots for why nothing is lost).
+"""A rank's own slots: written here, held by the carrier (see core.snapshots for why nothing is lost).
 
 One thread, in this order:
 
@@ -31,7 +31,9 @@ NOTHING: Says = (-1.0, NEVER, -1.0)  # of a rank without slots
 
 
 class Slots:
-    def __init__(self, carrier: Carrier, shape: Shape, attempt: int, descriptor: int) -> None:
+    def __init__(self, carrier: Carrier, attempt: int, descriptor: int) -> None:
+        shape = snapshots.read_shape(os.pread(descriptor, PAGE, 0))
+        assert shape is not None  # the carrier has just made it
         self.shape, self.attempt = shape, attempt
         self._carrier, self._descriptor = carrier, descriptor
         self._memory = mmap.mmap(descriptor, shape.bytes)
@@ -58,14 +60,13 @@ class Slots:
         folder = environ.get(FOLDER)
         if not folder:
             return None
-        shape = Shape(rank=rank, world=world, description_max=description_max, payload_max=payload_max)
         carrier = Carrier(Path(folder))
         try:
             _, files = carrier.ask(
                 do="join", rank=rank, world=world, attempt=attempt, description_max=description_max,
                 payload_max=payload_max,
             )  # fmt: skip
-            return cls(carrier, shape, attempt, files[0])
+            return cls(carrier, attempt, files[0])
         except (KeepstepError, OSError) as error:
             carrier.close()
             _log.warning("rank %d keeps no snapshots in memory: %s", rank, error)
@@ -82,7 +83,7 @@ class Slots:
         buddy = snapshots.read_buddy(self._memory)
         return (
             float(snapshots.protected(self._stamps, self.attempt, buddy)),
-            -float(snapshots.frees_at(self._stamps)),
+            -float(snapshots.frees_at(self._stamps, self.sealed, self.attempt)),
             -float(self._costs.interval),
         )
 
@@ -92,6 +93,8 @@ class Slots:
         if sealed.step >= 0 and (self.sealed is None or sealed > self.sealed):
             self.sealed = sealed
             self._put(*snapshots.sealed_record(sealed, self._next()))
+            if snapshots.to_send(self._stamps, sealed, self.attempt) is not None:
+                self._carrier.nudge()  # it has waited for this
         self._clear = -least[1] <= (self.sealed.step if self.sealed else -1)
         self._every = max(1, int(-least[2]))
         now = time.monotonic()
@@ -120,7 +123,9 @@ class Slots:
     def begin(self, step: int) -> int | None:
         """A slot to copy the state after `step` completed steps into; None: skip it."""
         assert self._writing is None, self._writing
-        number = snapshots.free_slot(self._stamps, self.sealed) if self._clear else None
+        number = None
+        if self._clear:
+            number = snapshots.free_slot(self._stamps, self.sealed, self.attempt)
         if number is not None:
             self._writing, self._stamps[number] = (number, step), None
             self._last = step

@@ -4,7 +4,7 @@ Files are known by (world size, rank): the same rank number means another part o
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keepstep.agent.carrier.memory import Memory
@@ -29,6 +29,8 @@ class Book:
         memory = where.get(key)
         if memory is not None and memory.shape == shape:
             return memory
+        if where is self.own:
+            shape = replace(shape, slots=snapshots.SLOTS)
         fresh = Memory.make(shape, self.bytes_max)
         self._put(where, key, fresh)
         return fresh
@@ -69,7 +71,7 @@ class Book:
         """The present attempt has begun from elsewhere: what is here is past, or left behind."""
         for memory in (*self.own.values(), *self.copies.values()):
             if self.attempt not in {at.attempt for at in memory.stamps if at}:
-                memory.stamp([None] * snapshots.SLOTS)
+                memory.stamp([None] * len(memory.stamps))
 
     def leave_other_layouts(self, world: int) -> None:
         """The gang has sealed a state in its present layout: those of another one are not needed any more."""

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -21,10 +22,15 @@ class Memory:
 
     @classmethod
     def make(cls, shape: Shape, bytes_max: int | None) -> "Memory":
-        """Reserved now, so that no later write can fail. Errors: Refused where there is too little memory."""
+        """Reserved now, so that no later write can fail, with fewer slots where the asked ones do not fit.
+
+        Errors: Refused where there is too little memory even so.
+        """
         room = available() // 2
         if bytes_max is not None:
             room = min(room, bytes_max)
+        if shape.bytes > room:
+            shape = replace(shape, slots=snapshots.LEAST_SLOTS)
         if shape.bytes > room:
             raise Refused(
                 f"three slots of rank {shape.rank} need {shape.bytes >> 20} MB",

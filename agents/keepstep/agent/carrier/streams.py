@@ -1,7 +1,7 @@
-"""Between carriers: a rank's newest snapshot to the buddy, and states that a restore needs.
+"""Between carriers: ranks' snapshots to the buddy, and states that a restore needs.
 
-Older ones that are still unsent are left out: whatever a rank's buddy has acknowledged, all other ranks have
-here by the time they hear of it. A buddy that cannot be reached for a while is none: ranks are told so, and
+The oldest that is not sealed is sent, the same for all ranks, and nothing else before it is: so nothing is
+overwritten while it is sent. A buddy that cannot be reached for a while is none: ranks are told so, and
 go on.
 """
 
@@ -19,7 +19,7 @@ from keepstep.agent.carrier.book import Book, Key
 from keepstep.agent.carrier.memory import Memory
 from keepstep.core.clock import Clock
 from keepstep.core.errors import KeepstepError, NotFound, Refused, Unreachable
-from keepstep.core.snapshots import Stamp
+from keepstep.core.snapshots import Stamp, to_send
 
 _log = logging.getLogger("keepstep.carrier")
 _OPEN_S = 5.0
@@ -101,10 +101,12 @@ class Streams:
             if key not in self._sent:
                 await self._ask_what_is_there(peer, key, memory)
         for key, memory in own:
-            at, number = max((at or Stamp(0, -1), number) for number, at in enumerate(memory.stamps))
-            if at.attempt == self._book.attempt and at > self._sent[key]:
+            stamps, sealed = memory.stamps, memory.sealed
+            at = to_send(stamps, sealed, self._book.attempt)
+            if at is not None and at > self._sent[key]:
+                number = stamps.index(at)
                 async with asyncio.timeout(_patience_s(memory)):
-                    await frames.send_slot(peer, memory, number, do="put", sealed=memory.sealed)
+                    await frames.send_slot(peer, memory, number, do="put", sealed=sealed)
                 sent.append((key, memory, at))
                 size += memory.slots[number].payload_bytes
         room = True
