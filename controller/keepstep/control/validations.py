@@ -77,13 +77,15 @@ class Validations:
 
     async def _validate(self, life: Life) -> None:
         controller = self._controller
-        came = await self._came(life)
-        if came is None:
-            return
         try:
-            await controller.health.validation(controller.fleet, life.node, came, controller.write)
+            came = await self._came(life)
+            if came is not None:
+                await controller.health.validation(controller.fleet, life.node, came, controller.write)
         except Refused as problem:
             log.info("%s: its validation came too late: %s", life.node, problem)
+        except KeepstepError as problem:
+            log.warning("%s: its validation is begun again: %s", life.node, problem)
+            self._tried.discard((life.node, life.revision))
 
     async def _came(self, life: Life) -> Validation | None:
         node, occasion = life.node, str(life.revision)
@@ -174,7 +176,7 @@ class Validations:
             await self._note(screening)
         except KeepstepError as problem:
             screening.problem = str(problem)
-            raise
+            log.warning("screening %s came to no end: %s", screening.number, problem)
         finally:
             screening.done = True
 
