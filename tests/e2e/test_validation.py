@@ -1,12 +1,15 @@
 """A node with a sick device is found by screening its pool, and does not return; a good one does."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cluster import Cluster, Json
+from cluster import WITHIN_S, Cluster, Json
 
 SCRIPTS = Path(__file__).parent / "scripts"
 POLICY = """
@@ -24,14 +27,22 @@ def test_the_sick_node_of_a_pool(
     cluster = start(nodes=3, slots=1, health_policy=str(tmp_path / "policy.yaml"))
     client = cluster.client
 
+    def keepstep(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        program = Path(sys.executable).with_name("keepstep")
+        environ = {**os.environ, "KEEPSTEP_HOME": str(cluster.home.path)}
+        return subprocess.run(
+            [program, "node", *arguments], env=environ, capture_output=True, text=True, check=False,
+            timeout=WITHIN_S,
+        )  # fmt: skip
+
     def validations(node: str) -> list[Json]:
         found: list[Json] = client.get(f"/nodes/{node}/history")["validations"]
         return [one for one in found if not one["job"].startswith("screen-")]
 
     # By pairs: c fails with both others, who are right with each other.
-    client.post("/health/screening", {"nodes": None})
-    cluster.until(lambda: client.get("/health/screening")["done"], "the screening")
-    found = client.get("/health/screening")
+    screening = keepstep("screen", "--output", "json")
+    assert screening.returncode == 7 and "sick: c" in screening.stderr, screening
+    found = json.loads(screening.stdout)
     results = {node["name"]: node["result"] for node in found["nodes"]}
     assert (results, found["rounds"], found["links"]) == ({"a": "good", "b": "good", "c": "sick"}, 3, []), (
         found
@@ -46,7 +57,7 @@ def test_the_sick_node_of_a_pool(
     assert client.get("/nodes/c")["life"] == "quarantined"
 
     # One that a person has validated is right alone and with the other good one, and works again.
-    client.post("/nodes/a/validate", {"reason": "after new cables"})
+    assert keepstep("validate", "a", "--reason", "after new cables").returncode == 0
     cluster.until(lambda: validations("a"), "a to be validated")
     [passed] = validations("a")
     assert passed["passed"] and passed["text"].endswith("and with b"), passed
@@ -54,3 +65,6 @@ def test_the_sick_node_of_a_pool(
     assert (alone["nodes"], pair["nodes"]) == (["a"], ["a", "b"])
     assert alone["figures"]["matmul"] > 0 and alone["checksums"]["training"]
     cluster.until(lambda: client.get("/nodes/a")["life"] == "healthy", "a to have proved itself")
+    for job in client.get("/jobs")["jobs"]:
+        print(job["name"], job["state"])
+        print(cluster.story(job["id"]))

@@ -110,7 +110,7 @@ async def screen(
     control: Control, who: Operator, nodes: Annotated[list[str] | None, Body(embed=True)] = None
 ) -> dict[str, Any]:
     """Try nodes by pairs until the sick ones are known; None: all idle ones."""
-    began = control.validations.screen(nodes or (), secrets.token_hex(4))
+    began = control.validations.screen(nodes or (), secrets.token_hex(4), who.name)
     return _screening(began)
 
 

@@ -16,7 +16,7 @@ from keepstep.core.errors import KeepstepError, NotFound, Refused
 from keepstep.core.ids import Node
 from keepstep.core.states import WORKING, LifeState
 from keepstep.decide.asked import Wish
-from keepstep.decide.life import KEEPSTEP, Life
+from keepstep.decide.life import Life
 from keepstep.decide.screen import Pair, Round, Screened, next_round, rounds_max, screened, told
 from keepstep.decide.trial import named
 from keepstep.decide.validation import Verdict
@@ -38,6 +38,7 @@ class Screening:
     """One under way, or the last one. It ends with its controller."""
 
     number: str
+    who: str  # asked for it, and so for taking the sick ones out
     nodes: tuple[str, ...]
     rounds: list[Round] = field(default_factory=list)
     reasons: dict[Pair, str] = field(default_factory=dict)  # why it failed
@@ -143,7 +144,7 @@ class Validations:
 
     # ------------------------------------------------------------ a pool
 
-    def screen(self, names: Iterable[str], number: str) -> Screening:
+    def screen(self, names: Iterable[str], number: str, who: str) -> Screening:
         """Begin to screen these nodes, or all idle ones of a kind. Errors: NotFound, Refused."""
         if self.screening is not None and not self.screening.done:
             raise Refused("a screening is under way", next="`keepstep node screen --show` shows it.")
@@ -163,7 +164,7 @@ class Validations:
                 next="Name at least two nodes of a kind.",
             )
         nodes = tuple(sorted(member.name for member in chosen))
-        self.screening = Screening(number=number, nodes=nodes)
+        self.screening = Screening(number=number, who=who, nodes=nodes)
         self._controller.begin(self._screen(self.screening))
         return self.screening
 
@@ -204,7 +205,9 @@ class Validations:
             for name, text in texts.items():
                 passed = name in found.good
                 event = f"{'good' if passed else 'sick'}: {text}"
-                writer.add_event(NewEvent(kind="node screened", text=event, node=Node(name)))
+                writer.add_event(
+                    NewEvent(kind="node screened", text=event, node=Node(name), principal=screening.who)
+                )
                 writer.add_validation(
                     name, job=f"screen-{screening.number}", passed=passed, text=text, figures={}
                 )
