@@ -214,11 +214,7 @@ class Validations:
 
         await controller.write(write)
         for name in sorted(found.sick):
-            wish = Wish(
-                verb="validate",
-                who=KEEPSTEP,
-                reason=told(screening.nodes, screening.rounds, screening.reasons, name),
-            )
+            wish = Wish(verb="validate", who=screening.who, reason=f"screening: {texts[name]}")
             try:
                 await controller.health.ask(controller.fleet, name, wish, controller.write)
             except Refused as problem:
