@@ -18,7 +18,6 @@ def validate(request: dict[str, Any], folder: Path) -> int:
     rank = int(os.environ["RANK"])
     lines = os.open(folder / f"{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(lines, 1)
-    os.environ["GROUP_RANK"] = str(rank // request["slots"])
     if "sickness" in request:
         os.environ["SICKNESS"] = request["sickness"]
         fall_sick()

@@ -13,9 +13,7 @@ GPU = "cuda H100, torch 2.15"
 
 def good(rank: int, **changed: object) -> list[Result]:
     """Of one rank; `changed` in its matmul."""
-    matmul = Result(
-        rank=rank, node_rank=0, workload="matmul", outcome=Outcome.OK, device=GPU, checksum="aa", figure=800.0
-    )
+    matmul = Result(rank=rank, workload="matmul", outcome=Outcome.OK, device=GPU, checksum="aa", figure=800.0)
     training = replace(matmul, workload="training", checksum="bb", figure=5000.0)
     return [replace(matmul, **changed), training]  # type: ignore[arg-type]
 

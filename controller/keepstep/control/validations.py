@@ -42,7 +42,6 @@ class Screening:
     nodes: tuple[str, ...]
     rounds: list[Round] = field(default_factory=list)
     reasons: dict[Pair, str] = field(default_factory=dict)  # why it failed
-    jobs: list[str] = field(default_factory=list)
     done: bool = False
     problem: str = ""
 
@@ -187,7 +186,6 @@ class Validations:
         came = await self._trials.run(name, nodes, wanted=lambda: True, start_within_s=_START_WITHIN_S)
         if came is None:
             return None
-        screening.jobs.append(came.job)
         passed = came.judged.verdict is Verdict.OK
         if not passed:
             screening.reasons[pair] = f"{came.judged.verdict}: {came.judged.reason}"

@@ -22,7 +22,6 @@ class Outcome(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     rank: int
-    node_rank: int
     workload: str
     outcome: Outcome
     device: str = ""  # kind, library and threads: what is equal here computes equal bits

@@ -128,7 +128,7 @@ def _unfinished(said: _InOrder, ranks: int) -> Judged | None:
             last = [result for _, result in said if result.rank == rank]
             after = f"after {last[-1].workload}" if last else "at all"
             text = f"it said nothing {after}"
-            mute = Result(rank=rank, node_rank=0, workload="validation", outcome=Outcome.HUNG, text=text)
+            mute = Result(rank=rank, workload="validation", outcome=Outcome.HUNG, text=text)
             found.append((len(last), mute))
     if not found:
         return None

@@ -67,7 +67,7 @@ class Rank:
         unit: str = "", took_s: float = 0.0,
     ) -> None:  # fmt: skip
         result = Result(
-            rank=int(os.environ.get("RANK", "0")), node_rank=int(os.environ.get("GROUP_RANK", "0")),
+            rank=int(os.environ.get("RANK", "0")),
             workload=workload, outcome=outcome, device=self._bench.kind, checksum=checksum, figure=figure,
             unit=unit, took_s=took_s, text=text,
         )  # fmt: skip
