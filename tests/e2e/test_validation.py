@@ -65,6 +65,3 @@ def test_the_sick_node_of_a_pool(
     assert (alone["nodes"], pair["nodes"]) == (["a"], ["a", "b"])
     assert alone["figures"]["matmul"] > 0 and alone["checksums"]["training"]
     cluster.until(lambda: client.get("/nodes/a")["life"] == "healthy", "a to have proved itself")
-    for job in client.get("/jobs")["jobs"]:
-        print(job["name"], job["state"])
-        print(cluster.story(job["id"]))
