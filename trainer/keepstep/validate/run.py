@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from keepstep.core.errors import KeepstepError
 from keepstep.core.validation import Outcome, Result
 from keepstep.llama import parallel
 from keepstep.llama.shape import ModelShape
@@ -43,7 +44,7 @@ class Rank:
         watch.start()
         try:
             measured = work()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this workload's result
+        except (RuntimeError, ValueError, OSError, MemoryError, KeepstepError) as error:
             first = str(error).strip().partition("\n")[0]
             self._say(workload, Outcome.FAILED, text=f"{type(error).__name__}: {first}"[:500])
             return False
