@@ -80,7 +80,8 @@ class Fleet:
         """One report of some nodes; then looks until nothing moves."""
         first = {Node(name): report for name, report in reports.items()}
         for _ in range(_LOOKS_MAX):
-            looked = self.ward.look(first, self.where, self.sizes(), self.now)
+            going = [Node(name) for name, said in self.situations.items() if said.get("leaves")]
+            looked = self.ward.look(first, self.where, self.sizes(), self.now, going)
             self.take(looked)
             first = {}
             if not looked.moved:

@@ -70,7 +70,7 @@ def spent(machines: Machines, seconds: float, lines: int = 0) -> dict[str, float
     before, began = cpu_s(machines), time.monotonic()
     batches = int(seconds * BATCHES_HZ)
     for number in range(batches):
-        machines.xid(NODE, 45, times=lines // batches)
+        machines.xid(NODE, 45, times=lines * (number + 1) // batches - lines * number // batches)
         time.sleep(max(0.0, began + (number + 1) / BATCHES_HZ - time.monotonic()))
     took_s = time.monotonic() - began
     return {name: (cpu - before[name]) / took_s for name, cpu in cpu_s(machines).items()}
@@ -104,18 +104,18 @@ def main() -> None:
             flood = spent(machines, options.flood, options.lines)
             flood_s = time.monotonic() - began
             behind_s = caught_up(machines, options.lines)
-            changes = len(machines.history(NODE)) - len(before)
+            changed = [f"{e['kind']}: {e['text']}" for e in machines.history(NODE)[len(before) :]]
             life = machines.node(NODE)["life"]
         finally:
             machines.close()
     share = sum(flood.values()) - sum(idle.values())
     figures = {
         "xid_to_decision_s": max(took), "xid_to_decision_s_median": statistics.median(took),
-        "flood_core_share": share, "flood_changes": changes + (life != "healthy"),
+        "flood_core_share": share, "flood_changes": len(changed) + (life != "healthy"),
     }  # fmt: skip
     context = {
         "load": round(os.getloadavg()[0], 1), "flood_s": round(flood_s, 1), "lines": options.lines,
-        "counted_after_s": round(behind_s, 1), "idle": idle, "flood": flood,
+        "counted_after_s": round(behind_s, 1), "changed": changed[:5], "idle": idle, "flood": flood,
     }  # fmt: skip
     rounded = {name: float(f"{value:.3g}") for name, value in figures.items()}
     print(json.dumps({"bench": "triage", "figures": rounded, "context": context}))

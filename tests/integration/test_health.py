@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 POLICY = """
 correlation: {within: 1s}
 hysteresis: {burst_gap: 1s}
+lemon: {replace_at: 1000}
 deadlines: {probation: 1s, drain: 5m}
 hooks:
   reset:

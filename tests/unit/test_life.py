@@ -173,6 +173,51 @@ def test_a_person_is_never_held() -> None:
     assert {fleet.state(node) for node in "abc"} == {LifeState.CORDONED}
 
 
+# ---------------------------------------------------------------------- pools
+
+
+def test_what_its_pool_takes_away_drains_and_is_put_back_when_it_stays() -> None:
+    fleet = Fleet(nodes=("a", "b"), jobs={"a": "train"})
+    ask(fleet, "b", "cordon")  # the breaker has no room, and a pool does not ask for any
+    fleet.situations["a"] = {"pool": "ray", "leaves": "Ray drains it", "leaves_in_s": 90.0}
+    fleet.wait(1.0)
+    life = fleet.life("a")
+    assert (life.state, life.owner, life.due) == (LifeState.DRAINING, "pool ray", fleet.now + 90.0)
+    assert life.reason == "pool ray takes it away: Ray drains it"
+    fleet.situations["a"]["leaves_in_s"] = 30.0
+    fleet.wait(1.0)
+    assert fleet.life("a").due == fleet.now + 30.0
+    told = len(fleet.told)
+    fleet.wait(1.0)
+    assert len(fleet.told) == told
+    fleet.situations["a"] = {"pool": "ray"}
+    fleet.wait(1.0)
+    assert fleet.state("a") is LifeState.HEALTHY
+    assert fleet.life("a").reason == "pool ray lets it stay"
+
+
+def test_a_node_of_a_pool_that_goes_empty_waits_for_its_end_and_is_not_repaired() -> None:
+    fleet = Fleet(jobs={"a": "train"}, policy=HOOKED)
+    fleet.situations["a"] = {"pool": "ray", "leaves": "Ray drains it"}
+    fleet.wait(1.0)
+    assert fleet.life("a").due == fleet.now + fleet.policy.deadlines.drain_s
+    fleet.jobs.clear()
+    fleet.until(lambda: fleet.state("a") is LifeState.QUARANTINED, 30.0)
+    fleet.wait(3600.0)
+    assert fleet.state("a") is LifeState.QUARANTINED
+
+
+def test_a_persons_cordon_outlasts_a_pools_change_of_mind() -> None:
+    fleet = Fleet()
+    ask(fleet, "a", "cordon", who="ray", reason="fans")
+    fleet.situations["a"] = {"pool": "ray", "leaves": "Ray drains it"}
+    fleet.wait(1.0)
+    assert (fleet.life("a").works, fleet.life("a").owner) == (False, "ray")
+    fleet.situations["a"] = {"pool": "ray"}
+    fleet.wait(600.0)
+    assert not fleet.life("a").works
+
+
 # ---------------------------------------------------------------------- people
 
 

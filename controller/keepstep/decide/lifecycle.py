@@ -73,14 +73,15 @@ def advance(life: Life, at: Situation, policy: TriagePolicy, now: float, room: R
 
 def _of_its_pool(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
     """What a pool takes away drains, whatever the breaker says; what stays after all is put back."""
+    its_pool = f"pool {at.pool}"  # an owner that no person is called
     if not at.leaves:
-        if at.pool and life.owner == at.pool and LIFE.allows(life.state, LifeEvent.UNCORDON):
-            return _step(life, LifeEvent.UNCORDON, now, f"pool {at.pool} lets it stay")
+        if life.owner == its_pool and LIFE.allows(life.state, LifeEvent.UNCORDON):
+            return _step(life, LifeEvent.UNCORDON, now, f"{its_pool} lets it stay")
         return None
     due = now + (policy.deadlines.drain_s if at.leaves_in_s is None else at.leaves_in_s)
-    reason = f"pool {at.pool} takes it away: {at.leaves}"
+    reason = f"{its_pool} takes it away: {at.leaves}"
     if LIFE.allows(life.state, LifeEvent.DRAIN):
-        owner = life.owner if not life.works and life.by_person else at.pool
+        owner = life.owner if not life.works and life.by_person else its_pool
         gone = replace(life, plan=Action.NOTHING, out_job=at.job, out_rack=at.rack)
         after = moved(gone, LifeEvent.DRAIN, now, reason, owner=owner, due=due)
         return Step(life=after, told=reason, event=LifeEvent.DRAIN)
