@@ -181,9 +181,12 @@ class Validations:
             screening.done = True
 
     async def _pair(self, screening: Screening, pair: Pair) -> bool | None:
-        nodes = [Node(pair.a), Node(pair.b)]
+        nodes, health = [Node(pair.a), Node(pair.b)], self._controller.health
+        due = health.now + health.policy.deadlines.validate_s
         name = named("screen", nodes, screening.number)
-        came = await self._trials.run(name, nodes, wanted=lambda: True, start_within_s=_START_WITHIN_S)
+        came = await self._trials.run(
+            name, nodes, wanted=lambda: health.now < due, start_within_s=_START_WITHIN_S
+        )
         if came is None:
             return None
         passed = came.judged.verdict is Verdict.OK

@@ -42,6 +42,10 @@ class Bench:
         self.device = device
         self.cuda = device.type == "cuda"
         self.sizes = CUDA if self.cuda else CPU
+        if self.cuda:  # the same bits each time: no atomic additions, no sums that are rounded on their way
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     @property
     def kind(self) -> str:
