@@ -1,5 +1,6 @@
 """Nodes over REST: what they are, how they stand as hardware, and what people ask of them."""
 
+import secrets
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,11 +12,13 @@ from keepstep.control import requests
 from keepstep.control.desired import unfinished_nodes
 from keepstep.control.health import Validation
 from keepstep.control.loop import Controller
+from keepstep.control.validations import Screening
 from keepstep.core.errors import InputError, NotFound
 from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import WORKING
 from keepstep.decide.asked import VERBS, Wish
 from keepstep.decide.life import Life, lemon
+from keepstep.decide.screen import told
 from keepstep.store.rows import NodeRow
 
 router = APIRouter(prefix="/nodes", tags=["nodes"])
@@ -100,6 +103,41 @@ async def ask(
 @policies.get("/policy")
 async def policy(control: Control, who: Viewer) -> dict[str, Any]:
     return _policy(control.health.policy)
+
+
+@policies.post("/screening", status_code=202)
+async def screen(
+    control: Control, who: Operator, nodes: Annotated[list[str] | None, Body(embed=True)] = None
+) -> dict[str, Any]:
+    """Try nodes by pairs until the sick ones are known; None: all idle ones."""
+    began = control.validations.screen(nodes or (), secrets.token_hex(4), who.name)
+    return _screening(began)
+
+
+@policies.get("/screening")
+async def screening(control: Control, who: Viewer) -> dict[str, Any]:
+    """The one under way, or the last one of this controller."""
+    if control.validations.screening is None:
+        raise NotFound("nothing was screened by this controller", next="`keepstep node screen` begins.")
+    return _screening(control.validations.screening)
+
+
+def _screening(one: Screening) -> dict[str, Any]:
+    found = one.found
+    groups = (("good", found.good), ("sick", found.sick), ("unknown", found.open))
+    results = {name: result for result, names in groups for name in names}
+    return {
+        "id": one.number,
+        "done": one.done,
+        "problem": one.problem,
+        "rounds": len(one.rounds),
+        "rounds_max": one.rounds_max,
+        "nodes": [
+            {"name": name, "result": results[name], "text": told(one.nodes, one.rounds, one.reasons, name)}
+            for name in one.nodes
+        ],
+        "links": [[pair.a, pair.b] for pair in sorted(found.links)],
+    }
 
 
 @policies.post("/policy/reload")

@@ -51,7 +51,7 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
             Entry(
                 "node",
                 "nodes",
-                "Nodes: list, describe, history, cordon, drain, uncordon, validate, policy.",
+                "Nodes: list, describe, history, cordon, drain, uncordon, validate, screen, policy.",
                 group=True,
             ),
         ),

@@ -1,6 +1,7 @@
 """keepstep node: the machines that agents speak for."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from keepstep.cli.options import NodeRef, Output, Watch, Yes, confirm, duration_
 from keepstep.cli.render import Column, draw, draw_pairs, emit
 from keepstep.cli.watch import repeat
 from keepstep.core.clock import SystemClock
+from keepstep.core.errors import JobFailed
 from keepstep.spec.rules import load_rules
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The machines that agents speak for.")
@@ -86,7 +88,13 @@ RULES = (
     Column("WITHIN", lambda rule: units.age(rule["within_s"]), wide=True, right=True),
     Column("WHY", lambda rule: str(rule.get("why") or ""), wide=True),
 )
+SCREENED = (
+    Column("NAME", lambda node: str(node["name"])),
+    Column("RESULT", lambda node: str(node["result"]), state=True),
+    Column("WHY", lambda node: str(node["text"])),
+)
 _HISTORY_MAX = 100_000
+_LOOK_S = 0.5
 
 
 @app.command("list")
@@ -170,6 +178,36 @@ def drain(
 def validate(ctx: typer.Context, node: NodeRef, reason: NodeReason = "", output: Output = "name") -> None:
     """Take a node out of service when it is idle, and let it show that it computes right."""
     _mark(ctx, "validate", node, reason, output)
+
+
+@app.command("screen")
+def screen(
+    ctx: typer.Context,
+    *,
+    nodes: Annotated[
+        list[str] | None, typer.Argument(metavar="[NODE]...", help="Which; without: all idle ones.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Only show the last one, begin none.")] = False,
+    output: Output = "table",
+) -> None:
+    """Try nodes by pairs until it is known which of them, or which links, are sick.
+
+    Sick nodes are taken out and validated. Exit code 7 if there are any.
+    """
+    client = connect(ctx)
+    found = client.get("/health/screening") if show else client.post("/health/screening", {"nodes": nodes})
+    while not found["done"] and not show:
+        time.sleep(_LOOK_S)
+        found = client.get("/health/screening")
+    emit(
+        output,
+        found,
+        name=lambda: [str(node["name"]) for node in found["nodes"] if node["result"] == "sick"],
+        table=lambda wide: draw(found["nodes"], SCREENED, wide=wide),
+    )
+    sick = [str(node["name"]) for node in found["nodes"] if node["result"] == "sick"]
+    if sick or found["problem"]:
+        raise JobFailed(found["problem"] or f"sick: {', '.join(sick)}")
 
 
 @app.command("validated")

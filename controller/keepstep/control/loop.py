@@ -23,6 +23,7 @@ from keepstep.control.observed import ObservedTime
 from keepstep.control.picture import draw
 from keepstep.control.repair import Repairs
 from keepstep.control.supply import Supply
+from keepstep.control.validations import Validations
 from keepstep.control.wards import Wards
 from keepstep.core.clock import Clock
 from keepstep.core.errors import Unreachable
@@ -82,6 +83,7 @@ class Controller:
         self._started = 0.0
         self._key = secrets.token_bytes(32)
         self.wards = Wards(self.health, self.fleet, repairs or Repairs({}), self.write, self.begin)
+        self.validations = Validations(self)
         self._trouble, self._mismatches = "", 0
         self.ready = False
         self._beaten = 0.0
@@ -182,6 +184,7 @@ class Controller:
             if not await self.health.look(self.fleet, self.book, self.write):
                 break
         self.wards.reconcile()
+        self.validations.reconcile()
         for _ in range(_ROUNDS_MAX):
             view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
             plan = decide(view, self.policy)

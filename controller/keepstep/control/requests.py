@@ -5,12 +5,13 @@ from typing import Any
 
 from keepstep.control.commit import REQUEUE
 from keepstep.control.loop import Controller
+from keepstep.control.submission import enter
 from keepstep.core.errors import InputError, NotFound, Refused
 from keepstep.core.ids import Node
 from keepstep.core.job import JobSpec
-from keepstep.core.states import JOB, JobState
+from keepstep.core.states import JOB
 from keepstep.decide.view import Wanted
-from keepstep.spec import from_dict, to_dict
+from keepstep.spec import from_dict
 from keepstep.store import Writer
 from keepstep.store.rows import Job, NewEvent
 
@@ -38,23 +39,7 @@ async def submit(
         )
 
     def write(writer: Writer) -> Job:
-        job = writer.add_job(
-            name=spec.name,
-            spec=to_dict(spec),
-            pool=spec.pool,
-            queue=spec.queue,
-            priority=spec.priority,
-            project=spec.project,
-            principal=who.name,
-            source=source or {},
-            attached_node=attached,
-            state=JobState.QUEUED,
-            reason="just submitted",
-        )
-        layout = spec.parallelism
-        text = f"submitted by {who.name}: {layout}, {layout.world_size} ranks"
-        writer.add_event(NewEvent(kind="submitted", text=text, job=job.id, principal=who.name))
-        return job
+        return enter(writer, spec, who=who.name, project=who.project, source=source, attached=attached)
 
     job = await controller.write(write)
     await controller.refresh(job.id)
@@ -110,7 +95,12 @@ def parse_spec(data: Any) -> JobSpec:
     """A spec as it came over HTTP. Errors: InputError."""
     if not isinstance(data, dict):
         raise InputError("the body needs a `spec`, as `keepstep spec check -o json` prints it")
-    return from_dict(data)
+    spec = from_dict(data)
+    if spec.validates:
+        raise InputError(
+            "only keepstep's own jobs validate nodes", where="validates", next="keepstep node validate"
+        )
+    return spec
 
 
 async def steer(controller: Controller, ref: str, verb: str, who: Principal, reason: str) -> Job:
