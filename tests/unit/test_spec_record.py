@@ -95,7 +95,7 @@ def test_a_model_that_cannot_be_is_refused(path: str, value: Any) -> None:
         from_dict(data)
 
 
-@pytest.mark.parametrize("data", [{}, {"name": float("nan")}, {"name": object()}, {"run": {}}], ids=str)
+@pytest.mark.parametrize("data", [{}, {"name": float("nan")}, {"name": object()}, {"run": {}}])
 def test_what_is_no_job_at_all(data: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         from_dict(data)
