@@ -43,7 +43,7 @@ class Snapshots:
                 os.environ, rank=session.rank, world=job.layout.world_size, attempt=job.attempt,
                 description_max=len(self._fixed) + _VALUES_BYTES, payload_max=self._bytes,
             )  # fmt: skip
-        numbers = range(3) if self.slots else ()
+        numbers = range(self.slots.shape.slots) if self.slots else ()
         self._targets = [self._target(number) for number in numbers]
         on_device = state.state.is_cuda and self.slots is not None
         self._stream = torch.cuda.Stream() if on_device else None  # type: ignore[no-untyped-call]
