@@ -5,7 +5,7 @@ from collections.abc import Set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepstep.decide.screen import Pair, Round, Screened, next_round, rounds_max, screened
+from keepstep.decide.screen import Pair, Round, Screened, next_round, rounds_max, screened, told
 
 
 def screen(nodes: list[str], sick: Set[str], links: Set[Pair]) -> tuple[Screened, list[Round]]:
@@ -68,3 +68,15 @@ def test_two_nodes_that_fail_together_stay_open() -> None:
     found, rounds = screen(["a", "b"], {"a"}, set())
     assert found == Screened(good=frozenset(), sick=frozenset(), links=frozenset(), open=frozenset("ab"))
     assert len(rounds) == 1
+
+
+def test_what_is_said_of_each_node() -> None:
+    nodes = list("abcdefg")
+    _, rounds = screen(nodes, {"a"}, {Pair.of("c", "d")})
+    reasons = {Pair.of("a", "e"): "wrong: matmul", Pair.of("c", "d"): "hung: all-reduce"}
+    said = {node: told(nodes, rounds, reasons, node) for node in nodes}
+    assert said["a"].startswith("fails with b, ")
+    assert said["c"] == "its link to d is sick (hung: all-reduce)"
+    assert said["f"].startswith("right, with ")
+    assert told(["x", "y"], [{Pair.of("x", "y"): False}], {}, "x") == "fails with y"
+    assert told(["x", "y"], [], {}, "x") == "could not be tried"
