@@ -231,7 +231,7 @@ def _seen(
     script(folder, "keep = []\n", "beside.py")
     script(folder / "pkg", "", "__init__.py")
     (folder / name).write_bytes(text.encode("latin-1" if "latin-1" in text else "utf-8"))
-    file = replace(launch_file(folder, argv, warm=warm), job="job")
+    file = replace(launch_file(folder, argv, warm=warm), job=tmp_path.name)
 
     async def check() -> tuple[object, ...]:
         if server is not None:
