@@ -286,7 +286,7 @@ def test_a_suspended_job_keeps_what_its_ranks_could_not_save(start: Start, undis
     cluster.client.post(f"/jobs/{job}/suspend", {"reason": "test"})
     cluster.wait_state(job, "suspended")
     assert "is stored from memory" in cluster.story(job)
-    cluster.until(lambda: not list(cluster.home.nodes.glob("*/carrier/*/carrier.sock")), "carriers to end")
+    cluster.until(lambda: not list(cluster.home.nodes.glob(f"*/carrier/{job}")), "carriers to end")
     cluster.client.post(f"/jobs/{job}/resume", {"reason": "test"})
     told = cluster.wait_step(job, 7, attempt=2)
     assert not from_memory(told["attempt"])

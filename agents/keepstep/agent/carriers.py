@@ -8,6 +8,7 @@ been looked at after the death. A carrier that cannot be had costs snapshots in 
 import asyncio
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -192,6 +193,7 @@ class Carriers:
             if self._clock.monotonic() > deadline:
                 processes.send(process, 9)
             await asyncio.sleep(_RETRY_S)
+        await asyncio.to_thread(shutil.rmtree, carrier.directory, ignore_errors=True)
 
     # ---------------------------------------------------------------- within
 
