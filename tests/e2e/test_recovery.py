@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -154,7 +156,7 @@ def test_a_suspended_controller_is_refused_after_a_takeover(start: Start) -> Non
     job = cluster.submit(TINY)
     cluster.wait_step(job, 5)
     old = cluster.running
-    os.kill(old.pid, signal.SIGSTOP)
+    _suspend(cluster)
     try:
         cluster.home.controller_file.unlink()
         new = cluster.start()
@@ -170,6 +172,22 @@ def test_a_suspended_controller_is_refused_after_a_takeover(start: Start) -> Non
     assert now is not None
     assert now.pid == new.pid
     assert cluster.wait_state(job, "succeeded")["attempt"]["number"] == 1
+
+
+def _suspend(cluster: Cluster) -> None:
+    """Stop the controller between two writes: whoever holds SQLite's lock cannot be overtaken, only ended."""
+    deadline = time.monotonic() + 30
+    while True:
+        os.kill(cluster.running.pid, signal.SIGSTOP)
+        cluster.until(lambda: _state(cluster.running.pid) == "T", "the controller to stop")
+        with closing(sqlite3.connect(cluster.home.store_file, timeout=0, isolation_level=None)) as store:
+            try:
+                store.execute("BEGIN IMMEDIATE")
+                store.execute("ROLLBACK")
+                return
+            except sqlite3.OperationalError:
+                os.kill(cluster.running.pid, signal.SIGCONT)
+                assert time.monotonic() < deadline, "it writes all the time"
 
 
 def _state(pid: int) -> str:

@@ -55,6 +55,10 @@ def test_links_are_those_of_one_process_by_the_other_host(pair: tuple[socket.soc
         {"local": "10.0.0.1", "peer": "10.0.0.3", "rtt_s": 0.0, "rtt_least_s": 0.0, "unanswered_s": 4.0,
          "resent": 0.0},
     ]  # fmt: skip
+    (silent,) = links_of(os.getpid(), [idle])
+    assert (silent["local"], silent["rtt_s"]) == ("10.0.0.1", 0.0), (
+        "or nobody knows where its peer is cut off"
+    )
     assert links_of(2**22 + 1, [one]) == [], "a process that is gone has none"
 
 

@@ -5,9 +5,10 @@ sent to find out, and no rank is asked. One dump of all sockets serves all ranks
 has no such connections, and then there is nothing to tell.
 
 links of a rank   [{local, peer, rtt_s, rtt_least_s, unanswered_s, resent}...], one for each other host:
-                  of the connections that carried something in the last seconds the slowest round trip, and
-                  the least that was ever seen (in the kernel's window of five minutes); for how long nothing
-                  that was sent has been answered (0: it is, or nothing was sent); the share sent again
+                  of the connections that carried something in the last seconds the slowest round trip, the
+                  least that was ever seen (in the kernel's window of five minutes) and the share sent again,
+                  0 if none did: the end that waits for a host that is cut off must say where it is, too;
+                  for how long nothing that was sent has been answered (0: it is, or nothing was sent)
 """
 
 import os
@@ -53,16 +54,15 @@ def links_of(pid: int, connections: Iterable[Connection]) -> list[dict[str, Any]
     found = []
     for (local, peer), several in sorted(by_peer.items()):
         used = [one for one in several if one.used]
-        if used or any(one.unanswered_s for one in several):
-            found.append(
-                {
-                    "local": local, "peer": peer,
-                    "rtt_s": max((one.rtt_s for one in used), default=0.0),
-                    "rtt_least_s": min((one.rtt_least_s for one in used), default=0.0),
-                    "unanswered_s": max(one.unanswered_s for one in several),
-                    "resent": max(one.resent for one in several),
-                }
-            )  # fmt: skip
+        found.append(
+            {
+                "local": local, "peer": peer,
+                "rtt_s": max((one.rtt_s for one in used), default=0.0),
+                "rtt_least_s": min((one.rtt_least_s for one in used), default=0.0),
+                "unanswered_s": max(one.unanswered_s for one in several),
+                "resent": max((one.resent for one in used), default=0.0),
+            }
+        )  # fmt: skip
     return found
 
 
