@@ -33,7 +33,8 @@ test: setup ## the quick suites: a few minutes
 
 test-slow: setup $(VENV)/.peers $(VENV)/.ray ## what `make test` leaves out: slow ones and e2e
 	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) $(ABREAST) tests/e2e --durations=25)
-	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e -m slow || test $$? -eq 5  # 5: there are none
+	$(PYTEST) tests/contract -m slow  # one after the other: a Ray cluster takes the whole machine for its own
+	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e --ignore=tests/contract -m slow
 
 test-all: test test-slow ## every suite
 

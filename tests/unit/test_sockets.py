@@ -56,9 +56,7 @@ def test_links_are_those_of_one_process_by_the_other_host(pair: tuple[socket.soc
          "resent": 0.0},
     ]  # fmt: skip
     (silent,) = links_of(os.getpid(), [idle])
-    assert (silent["local"], silent["rtt_s"]) == ("10.0.0.1", 0.0), (
-        "or nobody knows where its peer is cut off"
-    )
+    assert (silent["local"], silent["rtt_s"]) == ("10.0.0.1", 0.0), "or nobody knows where it is cut off"
     assert links_of(2**22 + 1, [one]) == [], "a process that is gone has none"
 
 
