@@ -1,4 +1,4 @@
-"""The network between ranks alone: a link that becomes slow is told with its ends.
+"""The network between ranks alone: a link that becomes slow is told with its ends, one that is cut is left.
 
 Agents reach the controller all the while, over a network of their own (tests/hosts.py).
 """
@@ -38,7 +38,7 @@ def found(site: Site, job: str) -> list[Any]:
     return [one["data"]["verdict"] for one in events if one["kind"] == "found"]
 
 
-def test_a_slow_link_is_told_and_its_job_goes_on(site: Site) -> None:
+def test_a_slow_link_is_told_and_a_cut_one_is_left(site: Site) -> None:
     spec = site.folder / "pair.yaml"
     spec.write_text(
         PAIR.replace("gpus_per_node: 1", "gpus_per_node: 1, spares: 1")
@@ -55,4 +55,11 @@ def test_a_slow_link_is_told_and_its_job_goes_on(site: Site) -> None:
     (told,) = [one for one in found(site, job) if one["signature"] == "slow: link n1 n2"]
     assert told["blame"] == "infrastructure" and told["confidence"] >= 0.7 and told["slowdown"] > 0.3, told
     assert site.job(job)["attempt"]["number"] == 1
+
+    site.hosts.cut("n2", "training")
+    site.until_step(job, 1, attempt=2)
+    assert set(site.job(job)["attempt"]["nodes"]) == {"n1", "n3"}
+    (incident,) = site.keepstep("describe", job, "-o", "json")["incidents"]
+    assert (incident["verdict"], incident["culprit"]["node"]) == ("hung", "n2"), incident
+    assert "the network is cut between n1 and n2" in incident["evidence"]["what"], incident
     site.keepstep("cancel", job, "--yes")

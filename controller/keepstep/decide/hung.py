@@ -157,7 +157,7 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
         return None
     # The figure that runs down is `due_s`; the reason stays the same.
     cut = _cut(still)
-    who = f"the network is cut between {links.told(cut)}" if cut and found.carrier else _who(still, found)
+    who = f"the network is cut between {links.told(cut)}" if cut else _who(still, found)
     reason = f"{STANDS}no rank moves; {who}. It is ended when nothing has moved for {unknown_s:g} s"
     return Pending(reason=reason, due_s=max(unknown_s - still.still_s, HELD_S))
 
@@ -216,7 +216,7 @@ def _may_act(still: _Standstill, found: Blame) -> bool:
 
 def _verdict(still: _Standstill, found: Blame, bound_s: float | None, noticed: str) -> Verdict:
     cut = _cut(still)
-    if cut and (found.carrier or not found.named):
+    if cut:
         return _severed(still, cut, bound_s, noticed)
     culprit = found.ranks[0] if found.named else None
     by_rank = {one.rank: one for one in still.ranks}
@@ -252,6 +252,11 @@ def _sure(found: Blame) -> float:
 
 
 def _cut(still: _Standstill) -> tuple[links.Link, ...]:
+    """Links that explain a standstill whoever seems to stand out.
+
+    Some ranks of a cut collective may be through it, as if the others were behind or did not fit. Whatever
+    a rank does or fails to do, its kernel answers.
+    """
     nodes = {one.rank: part.node for part in still.attempt.parts for one in part.ranks}
     return links.cut_ones(links.links(still.findings, nodes))
 

@@ -234,6 +234,7 @@ class Policy:
     end_within_s: float = 60.0  # then the reason names what does not die
     return_within_s: float = 10.0  # agents' time to come back after a controller's start
     fence_margin_s: float = 5.0
+    cut_for_s: float = 600.0  # after a link was found cut nothing is fetched from the node at its bad end
     leave_before_s: float = 60.0  # a node's going: then a gang leaves it, wherever it may go
     orphan_lease_s: float = 3600.0  # the job's own bound holds where it is shorter (death.orphan_lease_s)
     collect_within_s: float = 10.0

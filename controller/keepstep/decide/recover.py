@@ -19,6 +19,7 @@ from keepstep.core.layout import Layout
 from keepstep.core.states import WORKING, NodeState
 from keepstep.decide import price
 from keepstep.decide.budget import budget, tried_elsewhere
+from keepstep.decide.links import CUT
 from keepstep.decide.lying import suspects
 from keepstep.decide.place import (
     Holders,
@@ -93,7 +94,7 @@ def begin(
     rejected: tuple[Rejected, ...] = (),
 ) -> Place | Collect | Wait:
     """Place the next attempt, once it is known what it restores."""
-    point = _in_memory(job, placement.layout, view)
+    point = _in_memory(job, placement.layout, view, policy)
     if not _serves(job, point):
         if needs_inventory(job):
             return collect(job, view, held, policy)
@@ -115,10 +116,17 @@ def begin(
     )
 
 
-def _in_memory(job: JobView, layout: Layout, view: View) -> RestorePoint:
-    """The newest state in memory that the layout can begin from: a script's is cut anew by nobody."""
-    leaving = {node.name for node in view.nodes if node.leaving}
-    held = [one for one in job.held if one.node not in leaving]
+def _in_memory(job: JobView, layout: Layout, view: View, policy: Policy) -> RestorePoint:
+    """The newest state in memory that the layout can begin from: a script's is cut anew by nobody.
+
+    Nor can what is held be had from a node that goes, or whose link to the others was found cut.
+    """
+    out_of_reach = {node.name for node in view.nodes if node.leaving}
+    out_of_reach |= {
+        one.node for one in job.failures
+        if one.node is not None and one.signature.startswith(CUT) and one.age_s < policy.cut_for_s
+    }  # fmt: skip
+    held = [one for one in job.held if one.node not in out_of_reach]
     point = memory_point(job.lineage, held, job.spec.parallelism)
     if point.at is None or point.memory is None or job.spec.run.kind == "llama":
         return point
