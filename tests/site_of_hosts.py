@@ -6,13 +6,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hosts import Hosts
 
 AGENTS = ("n1", "n2", "n3")
+
+
+@contextmanager
+def standing(folder: Path) -> Iterator["Site"]:
+    """Needs what `hosts.missing` looks for."""
+    with Hosts(("ctl", *AGENTS)) as hosts:
+        site = Site(hosts, folder)
+        try:
+            site.start()
+            yield site
+        finally:
+            site.close()
 
 
 class Site:

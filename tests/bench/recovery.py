@@ -17,8 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cluster import Cluster
-from hosts import Hosts, missing
+from hosts import missing
 from keepstep.agent.rank import processes
-from site_of_hosts import Site
+from site_of_hosts import standing
 
 SCRIPT = Path(__file__).parent / "scripts" / "pair.py"
 FOR_EVER = 1_000_000
@@ -261,7 +260,8 @@ def points(cluster: Cluster, job: str) -> list[dict[str, Any]]:
 
 def silent_node(folder: Path, figures: Figures) -> None:
     """A node of the gang is cut off: nothing it sends arrives, and no connection is closed."""
-    with site(folder) as there:
+    folder.mkdir()
+    with standing(folder) as there:
         spec = there.folder / "job.yaml"
         spec.write_text(CUBE.format(pool="static", spares=1, folder=there.shared))
         job = str(there.keepstep("submit", str(spec), "-o", "name"))
@@ -280,18 +280,6 @@ def silent_node(folder: Path, figures: Figures) -> None:
         (incident,) = there.keepstep("describe", job, "-o", "json")["incidents"]
         print(f"    {incident['evidence']['what']}", flush=True)
         there.keepstep("cancel", job, "--yes")
-
-
-@contextmanager
-def site(folder: Path) -> Iterator[Site]:
-    folder.mkdir()
-    with Hosts(("ctl", "n1", "n2", "n3")) as hosts:
-        made = Site(hosts, folder)
-        try:
-            made.start()
-            yield made
-        finally:
-            made.close()
 
 
 # ---------------------------------------------------------------- all

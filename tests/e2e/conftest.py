@@ -1,11 +1,14 @@
 """Clusters for tests that act as a user would: real controllers and agents, ranks really killed."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster import Cluster
+from hosts import missing
+from site_of_hosts import Site, standing
 
 _KEPT_MAX = 2  # clusters between tests: their standby servers take memory
 
@@ -69,6 +72,17 @@ def start(clusters: Clusters) -> Iterator[Callable[..., Cluster]]:
 
     yield begin
     clusters.give(*used)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """Three hosts and a controller on a fourth; where they cannot be had, CI fails with the reason."""
+    lacking = missing()
+    if lacking and "CI" not in os.environ:
+        pytest.skip(lacking)
+    assert not lacking, lacking
+    with standing(tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -3,33 +3,14 @@
 Agents reach the controller all the while, over a network of their own (tests/hosts.py).
 """
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from e2e.test_hung import PAIR
-from hosts import Hosts, missing
-from site_of_hosts import AGENTS, Site
+from site_of_hosts import Site
 
-LACKING = missing()
-# CI must be able to run these: there they fail with the reason instead of being left out.
-left_out = pytest.mark.skipif(bool(LACKING) and "CI" not in os.environ, reason=LACKING or "namespaces work")
-pytestmark = [pytest.mark.slow, left_out]
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    assert not LACKING
-    with Hosts(("ctl", *AGENTS)) as hosts:
-        site = Site(hosts, tmp_path)
-        try:
-            site.start()
-            yield site
-        finally:
-            site.close()
+pytestmark = pytest.mark.slow
 
 
 def found(site: Site, job: str) -> list[Any]:

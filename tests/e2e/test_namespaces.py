@@ -7,32 +7,15 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hosts import Hosts, missing
-from site_of_hosts import AGENTS, Site
+from site_of_hosts import Site
 
-LACKING = missing()
-# CI must be able to run these: there they fail with the reason instead of being left out.
-left_out = pytest.mark.skipif(bool(LACKING) and "CI" not in os.environ, reason=LACKING or "namespaces work")
-pytestmark = [pytest.mark.slow, left_out]
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "scripts" / "cube.py"
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    assert not LACKING
-    with Hosts(("ctl", *AGENTS)) as hosts:
-        site = Site(hosts, tmp_path)
-        try:
-            site.start()
-            yield site
-        finally:
-            site.close()
 
 
 def submit(site: Site, steps: int) -> str:
