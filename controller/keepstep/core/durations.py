@@ -76,14 +76,27 @@ def added(parts: Iterable[Usual]) -> Usual:
     return Usual(count=count, origins=origins, longest_s=longest_s, bins=tuple(bins))
 
 
-def bound_s(phase: Phase, usual: Usual, *, outside: bool = False, factor: float = FACTOR) -> float | None:
+def bound_s(phase: Phase, usual: Usual, *, outside: bool = False) -> float | None:
     """When a rank without any progress in this phase is suspicious; None: nothing can be said of it.
 
-    `outside`: what it waits for is no rank. `factor`: less than the full one where evidence of another kind
-    says the same; the less a verdict hangs on the history, the less of it is needed, too.
+    `outside`: what it waits for is no rank.
     """
     if phase in UNKNOWN or not usual.known:
         return None
     floor_s = COMPUTING_FLOOR_S if phase in COMPUTING and not outside else OUTSIDE_FLOOR_S
+    return floor_s + _allowed_s(usual, FACTOR)
+
+
+def waiting_bound_s(phase: Phase, usual: Usual, factor: float) -> float | None:
+    """The same of a rank that waits for other ranks, whatever else it does in this phase at other times.
+
+    `factor`: less than the full one where evidence of another kind says the same; the less a verdict hangs
+    on the history, the less of it is needed, too.
+    """
+    known = phase not in UNKNOWN and usual.known
+    return COMPUTING_FLOOR_S + _allowed_s(usual, factor) if known else None
+
+
+def _allowed_s(usual: Usual, factor: float) -> float:
     few = _FEW * factor / FACTOR
-    return floor_s + factor * usual.high_s * (1.0 + few * usual.origins / usual.count)
+    return factor * usual.high_s * (1.0 + few * usual.origins / usual.count)

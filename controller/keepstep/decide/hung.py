@@ -171,7 +171,7 @@ def _learnt(still: _Standstill, found: Blame) -> tuple[float | None, str]:
     """The most patient bound of all candidates, and where it comes from; None: one of them is not known."""
     override_s = still.job.spec.recovery.hang_after_s
     if not still.attempt.stepped:
-        return None, ""
+        return _meeting(still)
     if override_s is not None:
         return override_s, f"nothing moved for {override_s:g} s (recovery.hang_after)"
     by_rank = {one.rank: one for one in still.ranks}
@@ -189,6 +189,22 @@ def _learnt(still: _Standstill, found: Blame) -> tuple[float | None, str]:
                 f"{usual.count:,} of them took up to {usual.high_s:.3g} s, oddities apart"
             )
     return (longest or None), why
+
+
+def _meeting(still: _Standstill) -> tuple[float | None, str]:
+    """Of a rendezvous that does not come about though everybody is there, by what earlier starts took."""
+    starts = still.job.measured.starts.values()
+    if not starts or not _meets(still):
+        return None, ""
+    bound_s = durations.OUTSIDE_FLOOR_S + durations.FACTOR * max(starts)
+    took = f"starts took up to {max(starts):.3g} s"
+    return bound_s, f"nothing moved for {bound_s:.2f} s, the learnt bound of a rendezvous: {took}"
+
+
+def _meets(still: _Standstill) -> bool:
+    """Some ranks still look for the others, and none imports: told by the built-in trainer alone."""
+    doing = {one.doing for one in still.ranks}
+    return not still.attempt.stepped and "rendezvous" in doing and not doing & {"", "none", "starting"}
 
 
 def _phase_of(still: _Standstill, one: RankView | None) -> tuple[Phase, Usual]:
@@ -227,7 +243,7 @@ def _verdict(still: _Standstill, found: Blame, bound_s: float | None, noticed: s
     return Verdict(
         kind="exited early" if early else "hung",
         what=_who(still, found),
-        blame="infrastructure" if found.carrier or finding.process == "blocked" else "job",
+        blame="infrastructure" if found.carrier or finding.process == "blocked" or _meets(still) else "job",
         rank=culprit,
         node=None if culprit is None else still.node(culprit),
         began_s=still.still_s,
@@ -282,6 +298,9 @@ def _severed(still: _Standstill, cut: tuple[links.Link, ...], bound_s: float | N
 
 
 def _who(still: _Standstill, found: Blame) -> str:
+    if not found.named and _meets(still):
+        lost = sum(one.doing == "rendezvous" for one in still.ranks)
+        return f"{lost} of {len(still.ranks)} ranks do not find each other in their rendezvous"
     if not found.named:
         many = len(found.ranks)
         return f"no single rank of {many} stands out: {found.why}" if many > 1 else found.why

@@ -67,7 +67,7 @@ def _cut_off(
     bound_s, still_s = policy.silent_after_s, min((one.still_s or 0.0 for one in ranks), default=0.0)
     for one in ranks:
         usual = job.usual.get(one.doing, Usual())
-        learnt_s = durations.bound_s(phase_of(one.doing), usual, factor=_SILENT_FACTOR)
+        learnt_s = durations.waiting_bound_s(phase_of(one.doing), usual, _SILENT_FACTOR)
         if learnt_s is None or one.waiting_s is None:
             return None
         bound_s = max(bound_s, learnt_s)
