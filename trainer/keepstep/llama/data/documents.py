@@ -9,6 +9,7 @@ What is not UTF-8 is left out and counted.
 """
 
 import codecs
+import functools
 import mmap
 import os
 import re
@@ -69,8 +70,7 @@ def open_documents(source: str, path: Path | None = None) -> Documents:
     """The table of a source. InputError for one that is unknown, missing or empty."""
     match source:
         case "stdlib":
-            root = Path(sysconfig.get_path("stdlib"))
-            return _table(source, _library(root), root)
+            return _library()
         case "text":
             return _text(path)
         case _:
@@ -94,8 +94,11 @@ def _text(path: Path | None) -> Documents:
     return _table("text", _below(path) if path.is_dir() else [path], path, split=path.is_file())
 
 
-def _library(root: Path) -> list[Path]:
-    return _below(root, suffix=".py", without=_NOT_LIBRARY)
+@functools.cache
+def _library() -> Documents:
+    """It does not change while its interpreter runs: ranks that are forked have it from their parent."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return _table("stdlib", _below(root, suffix=".py", without=_NOT_LIBRARY), root)
 
 
 def _below(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()) -> list[Path]:
