@@ -431,7 +431,9 @@ def main() -> None:
         "look_ms_max": round(max(world.took_s) * 1e3, 1),
         "day_cpu_s": round(time.process_time() - began, 1),
     }
-    context = {"seed": seed, "nodes": options.nodes, "wrong": options.wrong, "decisions": dict(world.decisions)}
+    context = {
+        "seed": seed, "nodes": options.nodes, "wrong": options.wrong, "decisions": dict(world.decisions),
+    }  # fmt: skip
     print(json.dumps({"bench": "fleet_health", "figures": figures, "context": context}))
 
 
