@@ -72,7 +72,7 @@ def test_a_controller_that_dies_in_the_middle_of_a_validation(
 ) -> None:
     """The next one waits for the very same trial, and the node returns."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (SCRIPTS / "sick", SCRIPTS.parents[1]))))
-    monkeypatch.setenv("SICKNESS", "a:slow:aten.mm")  # it takes a while, and nobody is there to compare it with
+    monkeypatch.setenv("SICKNESS", "a:slow:aten.mm")  # takes a while; there is nobody to compare it with
     (tmp_path / "policy.yaml").write_text(POLICY)
     cluster = start(nodes=2, slots=1, health_policy=str(tmp_path / "policy.yaml"))
     client = cluster.client
