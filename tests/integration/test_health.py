@@ -1,5 +1,7 @@
 """Nodes' health from the kernel's log to the hook and back: real controller, real agents, a stand-in NVML."""
 
+import os
+import subprocess
 import sys
 import time
 import urllib.request
@@ -97,6 +99,12 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, folder: Path) ->
     assert machines.kinds(first) == ["node found"] and machines.node(first)["life"] == "healthy"
     history = cluster.client.get(f"/nodes/{sick}/history")
     assert history["lemon"]["weeks"] == [0.0] * 7 + [1.0] and machines.node(sick)["lemon_score"] == 1.0
+    shown = subprocess.run(
+        [Path(sys.executable).with_name("keepstep"), "node", "history", sick], check=True, text=True,
+        env={**os.environ, "KEEPSTEP_HOME": str(cluster.home.path)}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert "validation passed: by hand" in shown.stdout
+    assert shown.stdout.rstrip().endswith("0 0 0 0 0 0 0 1; replaced at 1000"), shown
     [validation] = history["validations"]
     assert (validation["passed"], validation["text"]) == (True, "by hand")
 
@@ -107,11 +115,11 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, folder: Path) ->
 
     # People: who and why, everywhere.
     cluster.client.post(f"/nodes/{sick}/cordon", {"reason": "fans"})
-    shown = machines.node(sick)
-    assert (shown["life"], shown["life_reason"].split(" by ")[0]) == ("cordoned", "cordon")
-    assert shown["life_owner"] and shown["life_reason"].endswith(": fans")
+    cordoned = machines.node(sick)
+    assert (cordoned["life"], cordoned["life_reason"].split(" by ")[0]) == ("cordoned", "cordon")
+    assert cordoned["life_owner"] and cordoned["life_reason"].endswith(": fans")
     cluster.client.post(f"/nodes/{sick}/uncordon", {"reason": "cleaned"})
-    assert machines.history(sick)[-1]["principal"] == shown["life_owner"]
+    assert machines.history(sick)[-1]["principal"] == cordoned["life_owner"]
     cluster.client.post(f"/jobs/{job}/cancel")
     cluster.wait_state(job, "cancelled")
 
