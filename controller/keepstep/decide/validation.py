@@ -145,6 +145,9 @@ def _unfinished(said: _InOrder, ranks: int) -> Judged | None:
     found = [(place, result) for place, result in said if result.outcome in (Outcome.HUNG, Outcome.FAILED)]
     ended = {result.rank for place, result in said if result.workload.startswith(TRAINING)}
     ended |= {result.rank for _, result in found}
+    # Who waited for one that was refused it lost nothing but its partner.
+    refused = {result.workload for _, result in said if result.outcome is Outcome.UNTESTED}
+    found = [one for one in found if one[1].workload not in refused]
     for rank in range(ranks):
         if rank not in ended:
             last = [result for _, result in said if result.rank == rank]
