@@ -7,7 +7,7 @@
     trainer.fit(model, data, ckpt_path=snapshots.checkpoint())
 
 After each optimizer step every rank keeps what Lightning would write into a checkpoint (weights, optimizers,
-schedulers, loops, callbacks) and its random numbers in memory; `checkpoint()` gives what is there back as a
+schedulers, the loss scale of fp16, loops, callbacks) and its random numbers in memory; `checkpoint()` gives what is there back as a
 checkpoint file. Needs checkpoint.snapshot_every in the job's spec; outside keepstep it does nothing.
 
 Not covered: models that the ranks share (FSDP, DeepSpeed, ModelParallel: refused), random numbers of
