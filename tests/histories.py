@@ -1,4 +1,4 @@
-"""Histories of healthy gangs, and of some that hang, drawn by chance; how gangs are judged it does not know."""
+"""Histories of healthy gangs, and of some that hang, drawn by chance; how gangs are judged is not in it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -8,6 +8,8 @@ judge; its seed is the commit's hash. Time is virtual: the judge is only asked w
 for longer than a second and a half (beside a silent node: three), at the looks that an agent would have made,
 with the beacons' histograms as they were at that moment.
 
+So are recordings of real runs (tests/recorded.py).
+
 The last line is one JSON object: `kills` of healthy gangs over `histories`, and how long hangs took to be
 found as a multiple of the bound that the verdict names.
 """
@@ -26,6 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import recorded
 from histories import STEPS, History, Silence, Stall, history
 from keepstep.core.beacon import BINS, bin_edge_s
 from keepstep.core.durations import Usual
@@ -239,15 +242,22 @@ def main() -> None:
                 print(f"history {number} of seed {of:x}: {wrong} kills")
             kills += wrong
             ratios += found
+    played = {path.stem: recorded.spans(path) for path in recorded.recordings()}
+    for path in recorded.recordings():
+        for at_s, verdict in recorded.kills(path):
+            print(f"{path.stem} at {at_s:.1f} s: {verdict.what}; {verdict.noticed}")
+            kills += 1
     figures = {
         "kills": kills,
         "histories": asked.histories,
+        "recordings": len(played),
         "steps_each": STEPS,
         "hangs": len(ratios),
         "detect_p95_over_bound": round(float(np.percentile(ratios, 95)), 3) if ratios else None,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    print(json.dumps({"bench": "false_alarms", "figures": figures, "context": {"seed": f"{of:x}"}}))
+    context = {"seed": f"{of:x}", "recorded": played}
+    print(json.dumps({"bench": "false_alarms", "figures": figures, "context": context}))
 
 
 if __name__ == "__main__":

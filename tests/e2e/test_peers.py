@@ -59,7 +59,7 @@ run:
 
 @pytest.mark.parametrize("peer", ["hf_snapshots", "lightning_snapshots"])
 def test_a_library_goes_on_from_memory(cluster: Cluster, tmp_path: Path, peer: str) -> None:
-    """One rank is killed in the middle of an epoch: weights and loss scale come out as if nothing had been."""
+    """One rank is killed in the middle of an epoch: weights and loss scale are as if nothing had been."""
     job = cluster.submit(f"""
 name: {peer.replace("_", "-")}
 resources: {{nodes: 1, gpus_per_node: 2}}
