@@ -14,7 +14,7 @@ def test_nobody_is_ended(path: Path) -> None:
     assert recorded.kills(path) == []
 
 
-@pytest.mark.parametrize("phase", ["backward", "optimizer"])
+@pytest.mark.parametrize("phase", ["data", "backward"])
 def test_a_hang_is_found_from_what_was_recorded(path: Path, phase: str) -> None:
     found = recorded.hung(path, phase)
     assert found.bound_s is not None and found.began_s is not None
