@@ -105,7 +105,7 @@ $(VENV)/.ray: $(VENV)/.peers requirements/ray.txt
 # of its own that sees ours, since one of the packages it needs makes PyTorch warn whenever it is imported.
 $(VENV)/.nvrx: $(VENV)/.installed requirements/nvrx.txt
 	$(BIN)/python -m venv --without-pip $(VENV)/nvrx
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$(ls -d $(VENV)/nvrx/lib/python*/site-packages)/ours.pth"
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > "$$(ls -d $(VENV)/nvrx/lib/python*/site-packages)/ours.pth"
 	UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) $(BIN)/uv pip install --quiet --python $(VENV)/nvrx --no-deps --require-hashes -r requirements/nvrx.txt
 	@touch $@
 

@@ -55,7 +55,7 @@ class Model(lightning.LightningModule):  # type: ignore[misc]
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-class Slow(ModelCheckpoint):
+class Slow(ModelCheckpoint):  # type: ignore[misc]
     """Its checkpoint folder is on a storage that others write to."""
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
