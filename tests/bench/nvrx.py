@@ -29,7 +29,7 @@ LAUNCHER = "nvidia_resiliency_ext.fault_tolerance.launcher"
 OPTIONS = {
     "nnodes": "1", "nproc-per-node": "2", "rdzv-backend": "c10d", "rdzv-endpoint": "127.0.0.1:0",
     "max-restarts": "3", "ft-initial-rank-heartbeat-timeout": "60", "ft-rank-heartbeat-timeout": "2",
-    "ft-workload-check-interval": "0.5",
+    "ft-workload-check-interval": "0.5", "workers-stop-timeout": "1",  # of 30 s, before it kills what is left
 }  # fmt: skip
 
 

@@ -7,9 +7,9 @@
     trainer.train(resume_from_checkpoint=snapshots.checkpoint())
 
 After each step every rank keeps weights, optimizer, scheduler, random numbers, the loss scale of fp16 and the
-trainer's state in memory; `checkpoint()` gives what is there back as a checkpoint folder, which the Trainer loads as one of its
-own: it skips the batches that were used. Needs checkpoint.snapshot_every in the job's spec; outside keepstep
-it does nothing.
+trainer's state in memory; `checkpoint()` gives what is there back as a checkpoint folder, which the Trainer
+loads as one of its own: it skips the batches that were used. Needs checkpoint.snapshot_every in the job's
+spec; outside keepstep it does nothing.
 
 Not covered: models that the ranks share (FSDP, DeepSpeed, tensor parallel: refused), states of other
 callbacks, lines of the log before the last hundred, a dataset that is an iterator of its own (the Trainer
