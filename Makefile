@@ -101,6 +101,14 @@ $(VENV)/.ray: $(VENV)/.peers requirements/ray.txt
 	$(UV) pip install --quiet --no-deps --require-hashes -r requirements/ray.txt
 	@touch $@
 
+# NVIDIA's launcher, which tests/bench/nvrx.py measures: wheels for CPython 3.10 to 3.12 alone. In an environment
+# of its own that sees ours, since one of the packages it needs makes PyTorch warn whenever it is imported.
+$(VENV)/.nvrx: $(VENV)/.installed requirements/nvrx.txt
+	$(BIN)/python -m venv --without-pip $(VENV)/nvrx
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > "$$(ls -d $(VENV)/nvrx/lib/python*/site-packages)/ours.pth"
+	UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) $(BIN)/uv pip install --quiet --python $(VENV)/nvrx --no-deps --require-hashes -r requirements/nvrx.txt
+	@touch $@
+
 # Hashes of everything, and the addresses of nothing. PyTorch and what only it needs for CUDA stand apart.
 
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -126,5 +134,10 @@ requirements: $(VENV)/.uv ## resolve the hashed requirement files anew (newest: 
 		requirements/build.in -c requirements/dev.txt -c requirements/torch.txt -c requirements/peers.txt -o requirements/all.txt
 	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
 		requirements/dev.txt requirements/torch.txt requirements/peers.txt requirements/all.txt > requirements/ray.txt
+	@# And what only NVRx needs.
+	echo nvidia-resiliency-ext==0.4.1 | $(UV) $(COMPILE) $(UPGRADE) - \
+		-c requirements/dev.txt -c requirements/torch.txt -o requirements/all.txt
+	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
+		requirements/dev.txt requirements/torch.txt requirements/all.txt > requirements/nvrx.txt
 	rm requirements/all.txt
 	echo uv | $(UV) $(COMPILE) $(UPGRADE) - -o requirements/uv.txt

@@ -8,19 +8,28 @@ judge; its seed is the commit's hash. Time is virtual: the judge is only asked w
 for longer than a second and a half (beside a silent node: three), at the looks that an agent would have made,
 with the beacons' histograms as they were at that moment.
 
+So are recordings of real runs (tests/recorded.py).
+
 The last line is one JSON object: `kills` of healthy gangs over `histories`, and how long hangs took to be
 found as a multiple of the bound that the verdict names.
 """
 
 import argparse
 import json
+import multiprocessing
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import recorded
+from histories import STEPS, History, Silence, Stall, history
 from keepstep.core.beacon import BINS, bin_edge_s
 from keepstep.core.durations import Usual
 from keepstep.core.ids import Attempt, JobId, Node, Rank
@@ -42,110 +51,10 @@ from keepstep.decide.view import (
     RankView,
 )
 
-STEPS = 10_000
-SILENCES = 5  # at most, of one history
 LOOK_S = 0.25
 PLANNED = ("none", "evaluation", "checkpoint")  # stalls that are the script's own doing, and no fault
 COMPILING = ("torch/_inductor/codecache.py:1 compile", "train.py:1 forward")
 COMPUTING = ("train.py:1 forward",)
-
-# ---------------------------------------------------------------------- the generator
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stall:
-    """A rank in a phase for so long, and what one would see if one looked."""
-
-    step: int
-    phase: str
-    seconds: float
-    kind: str = "plain"  # plain | compile | link | pause
-    hang: bool = False
-    usual: bool = False  # one of the history's phases: counted with them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Silence:
-    """An agent that is not heard from this step on, for so long."""
-
-    step: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
-    phases: dict[str, np.ndarray]  # seconds by step: what each rank's beacon counts
-    stalls: tuple[Stall, ...]  # what happens beside, seldom
-    silences: tuple[Silence, ...]  # of one agent, by chance at any time
-
-
-def history(chance: np.random.Generator, *, hang: bool) -> History:
-    step_s = float(10 ** chance.uniform(-2.0, 1.3))  # 10 ms to 20 s
-    shares = chance.dirichlet((1.0, 6.0, 8.0, 3.0))
-    sigma = float(chance.choice((0.05, 0.2, 0.5)))
-    noise = np.exp(sigma * chance.standard_normal(STEPS, dtype=np.float32))
-    noise *= _shape(chance)
-    phases = {
-        name: (noise * np.float32(share * step_s)).astype(np.float32)
-        for name, share in zip(("data", "forward", "backward", "optimizer"), shares, strict=True)
-    }
-    phases["forward"][0] += chance.uniform(0.0, 120.0)  # the first one loads and compiles
-    stalls = list(_stalls(chance, step_s))
-    if hang:
-        phase = str(chance.choice(("forward", "backward", "optimizer", "data")))
-        stalls.append(Stall(step=int(chance.integers(20, STEPS)), phase=phase, seconds=np.inf, hang=True))
-    silences = (
-        Silence(step=int(chance.integers(1, STEPS)), seconds=chance.uniform(1.0, 14.0))
-        for _ in range(chance.integers(1, SILENCES + 1))
-    )
-    return History(
-        phases=phases,
-        stalls=tuple(sorted(stalls, key=lambda stall: stall.step)),
-        silences=tuple(sorted(silences, key=lambda silence: silence.step)),
-    )
-
-
-def _shape(chance: np.random.Generator) -> np.ndarray:
-    """How the time of a step changes over the run."""
-    steps = np.arange(STEPS, dtype=np.float32)
-    match chance.integers(4):
-        case 0:
-            return np.ones(STEPS, dtype=np.float32)
-        case 1:  # sequences grow
-            return np.linspace(1.0, chance.uniform(1.0, 9.0), STEPS, dtype=np.float32)
-        case 2:  # long sequences among short ones
-            long = chance.random(STEPS, dtype=np.float32) < chance.uniform(0.01, 0.3)
-            return np.where(long, np.float32(chance.uniform(2.0, 6.0)), np.float32(1.0))
-        case _:  # the machine is throttled, or shared with somebody by day
-            period = float(chance.integers(50, 5000))
-            busy = np.sin(steps / period) > 0
-            return np.where(busy, np.float32(chance.uniform(1.2, 4.0)), np.float32(1.0))
-
-
-def _stalls(chance: np.random.Generator, step_s: float) -> Iterator[Stall]:
-    def at() -> int:
-        return int(chance.integers(1, STEPS))
-
-    evaluation_s, checkpoint_s = chance.uniform(1.0, 300.0), chance.uniform(0.2, 60.0)
-    named = chance.random() < 0.5  # whether the script says that it evaluates
-    for step in range(int(chance.integers(500, 3000)), STEPS, 1000):
-        seconds = evaluation_s * chance.uniform(0.7, 1.5)
-        yield Stall(step=step, phase="evaluation" if named else "none", seconds=seconds)
-    for step in range(100, STEPS, 500):
-        slow = chance.uniform(1.0, 3.0) if chance.random() < 0.1 else 1.0
-        yield Stall(step=step, phase="checkpoint", seconds=checkpoint_s * slow)
-    for _ in range(chance.integers(4)):
-        yield Stall(step=at(), phase="forward", seconds=chance.uniform(2.0, 300.0), kind="compile")
-    for _ in range(chance.integers(6)):
-        yield Stall(step=at(), phase="data", seconds=chance.uniform(1.0, 55.0))
-    for _ in range(chance.integers(3)):
-        yield Stall(step=at(), phase="backward", seconds=chance.uniform(1.0, 55.0), kind="link")
-    for _ in range(chance.integers(3)):
-        yield Stall(step=at(), phase="forward", seconds=step_s + 3600.0, kind="pause")
-
-
-# ---------------------------------------------------------------------- the judge, asked
-
 
 EDGES = np.array([bin_edge_s(k) for k in range(BINS - 1)])
 SPEC = JobSpec(
@@ -308,6 +217,12 @@ def found_after(stall: Stall, usual: Usual, step_s: float) -> float:
     return (high * LOOK_S + LOOK_S + 0.2) / verdict.bound_s
 
 
+def drawn(task: tuple[int, int, bool]) -> tuple[int, list[float]]:
+    """One history, as its number and the seed say, lived through."""
+    of, number, hang = task
+    return lived(history(np.random.default_rng([of % 2**64, number]), hang=hang))
+
+
 def seed() -> int:
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return int(done.stdout.strip() or "0", 16)
@@ -319,23 +234,30 @@ def main() -> None:
     parser.add_argument("--hangs", type=int, default=500)
     asked = parser.parse_args()
     began = time.perf_counter()
-    kills, ratios = 0, []
-    for number in range(asked.histories + asked.hangs):
-        chance = np.random.default_rng([seed() % 2**64, number])
-        wrong, found = lived(history(chance, hang=number >= asked.histories))
-        if wrong:
-            print(f"history {number} of seed {seed():x}: {wrong} kills")
-        kills += wrong
-        ratios += found
+    of, kills, ratios = seed(), 0, []
+    tasks = ((of, number, number >= asked.histories) for number in range(asked.histories + asked.hangs))
+    with multiprocessing.Pool() as pool:
+        for number, (wrong, found) in enumerate(pool.imap(drawn, tasks, chunksize=20)):
+            if wrong:
+                print(f"history {number} of seed {of:x}: {wrong} kills")
+            kills += wrong
+            ratios += found
+    played = {path.stem: recorded.spans(path) for path in recorded.recordings()}
+    for path in recorded.recordings():
+        for at_s, verdict in recorded.kills(path):
+            print(f"{path.stem} at {at_s:.1f} s: {verdict.what}; {verdict.noticed}")
+            kills += 1
     figures = {
         "kills": kills,
         "histories": asked.histories,
+        "recordings": len(played),
         "steps_each": STEPS,
         "hangs": len(ratios),
         "detect_p95_over_bound": round(float(np.percentile(ratios, 95)), 3) if ratios else None,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    print(json.dumps({"bench": "false_alarms", "figures": figures, "context": {"seed": f"{seed():x}"}}))
+    context = {"seed": f"{of:x}", "recorded": played}
+    print(json.dumps({"bench": "false_alarms", "figures": figures, "context": context}))
 
 
 if __name__ == "__main__":

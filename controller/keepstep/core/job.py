@@ -216,7 +216,7 @@ class CommandRun(Process):
 class Checkpoint:
     """Where and how often. Neither interval set: from measured cost and failure rate (auto)."""
 
-    dir: str | None  # absolute path or fsspec URL; None: a command that keeps its own, or none
+    dir: str | None  # absolute path; None: a command that keeps its own, or none
     every_s: float | None = None
     every_steps: int | None = None
     keep: int = 3

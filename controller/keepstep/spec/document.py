@@ -72,7 +72,7 @@ class CheckpointSection(Section):
     dir: SomeText | None = Field(
         default=None, json_schema_extra={"default_text": "./checkpoints for the built-in trainer, else none"}
     )
-    """The folder, seen by every node: a path, from where the spec lies, or an fsspec URL."""
+    """The folder, seen by every node: a path, from where the spec lies. Object stores have to be mounted."""
     every: Every = Interval()
     """Between checkpoints; auto: from their measured cost and the rate of failures."""
     keep: Annotated[Whole, Field(ge=1, le=10_000)] = _CHECKPOINT.keep

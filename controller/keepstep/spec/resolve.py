@@ -11,7 +11,7 @@ from keepstep.core.layout import Layout
 from keepstep.spec.conflicts import conflicts
 from keepstep.spec.document import JobDocument, ResourcesSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS, USUAL_LR
-from keepstep.spec.problems import Problem
+from keepstep.spec.problems import Path, Problem
 from keepstep.spec.run_document import LlamaSection, ModelSection, RunSection
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)")
@@ -33,7 +33,7 @@ def resolve(document: JobDocument, *, name: str, base: Folder) -> job.JobSpec:
 
     `name` is for a job that has none; `base` is what relative paths start from.
     """
-    problems = [*conflicts(document.run)]
+    problems = [*conflicts(document.run), *_addresses(document)]
     layout, problem = _layout(document)
     problems += [problem] if problem else []
     shape = None
@@ -191,6 +191,26 @@ def _checkpoint(document: JobDocument, base: Folder) -> job.Checkpoint:
     )
 
 
+def _addresses(document: JobDocument) -> Iterator[Problem]:
+    """Where a folder is meant: an address that is read as a folder's name would be made on every node."""
+    llama = document.run.llama
+    yield from _address(("checkpoint", "dir"), document.checkpoint.dir)
+    yield from _address(("run", "workdir"), document.run.workdir)
+    if llama is not None:
+        yield from _address(("run", "llama", "data", "path"), llama.data.path)
+        yield from _address(("run", "llama", "init_from"), llama.init_from)
+
+
+def _address(path: Path, value: str | None) -> Iterator[Problem]:
+    if value is not None and _URL.match(value):
+        yield Problem(
+            path=path,
+            what=f"{value} is a URL, and must be a path",
+            why="agents and ranks read and write files, not object stores",
+            next="Mount the storage at the same place on every node, and name that folder.",
+        )
+
+
 def _recovery(document: JobDocument) -> job.Recovery:
     section, llama = document.recovery, document.run.llama is not None
     return job.Recovery(
@@ -210,8 +230,8 @@ def _recovery(document: JobDocument) -> job.Recovery:
 
 
 def _absolute(path: str | None, base: Folder) -> str | None:
-    if path is None or _URL.match(path):
-        return path
+    if path is None:
+        return None
     # Not resolved through links: the nodes may see other ones than this machine.
     parts: list[str] = []
     for part in (base / Folder(path).expanduser() if path.startswith("~") else base / path).parts:

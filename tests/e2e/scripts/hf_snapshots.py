@@ -1,4 +1,7 @@
-"""Hugging Face's Trainer with its states in memory only: dropout, shuffling, a scheduler."""
+"""Hugging Face's Trainer with its states in memory only: dropout, shuffling, a scheduler, a loss scale.
+
+As with fp16 on a GPU; the Trainer itself makes a scaler nowhere else.
+"""
 
 import json
 import os
@@ -32,8 +35,8 @@ class Killer(TrainerCallback):  # type: ignore[misc]
             os.kill(os.getpid(), 9)
 
 
-def trained(resume_from: str | None, *callbacks: TrainerCallback) -> tuple[int, float]:
-    """Steps, and what the weights add up to."""
+def trained(resume_from: str | None, *callbacks: TrainerCallback) -> tuple[int, str]:
+    """Steps, and what the weights add up to, with the loss scale."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -45,8 +48,10 @@ def trained(resume_from: str | None, *callbacks: TrainerCallback) -> tuple[int, 
         report_to=[], use_cpu=True, dataloader_num_workers=0, seed=1, learning_rate=0.01, warmup_steps=5,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=Numbers(), callbacks=list(callbacks))
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=7)
     trainer.train(resume_from_checkpoint=resume_from)
-    return trainer.state.global_step, float(sum(p.detach().double().sum() for p in model.parameters()))
+    total = float(sum(p.detach().double().sum() for p in model.parameters()))
+    return trainer.state.global_step, f"{total:.12f} x{scaler.get_scale():g}"
 
 
 snapshots = SnapshotCallback()
@@ -56,4 +61,4 @@ done, total = trained(found, snapshots, Killer())
 assert found is None or not Path(found).exists()
 _, undisturbed = trained(None)
 if os.environ["RANK"] == "0":
-    print(f"began at {began}, done at {done}: {total:.12f}, undisturbed {undisturbed:.12f}", flush=True)
+    print(f"began at {began}, done at {done}: {total}, undisturbed {undisturbed}", flush=True)

@@ -1,4 +1,4 @@
-"""Lightning with its states in memory only: dropout, a scheduler, a loader that has a state."""
+"""Lightning with its states in memory only: dropout, a scheduler, a loss scale, a loader that has a state."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -60,22 +61,23 @@ class Model(lightning.LightningModule):  # type: ignore[misc]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def trained(resume_from: str | None, *callbacks: lightning.Callback) -> tuple[int, int, float]:
-    """At which step it began and ended, and what the weights add up to."""
+def trained(resume_from: str | None, *callbacks: lightning.Callback) -> tuple[int, int, str]:
+    """At which step it began and ended, and what the weights add up to, with the loss scale."""
     lightning.seed_everything(0)
     inputs = torch.randn(64, 16)
     data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     loader = Resumable(data, batch_size=4, sampler=DistributedSampler(data, world, rank, shuffle=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=7)
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=2, strategy="ddp", callbacks=list(callbacks),
         logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        use_distributed_sampler=False,
+        use_distributed_sampler=False, plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
     )  # fmt: skip
     model = Model(kill_at if callbacks else 0)
     trainer.fit(model, loader, ckpt_path=resume_from)
     total = sum(p.detach().double().sum().item() for p in model.parameters())
-    return model.began, trainer.global_step, total
+    return model.began, trainer.global_step, f"{total:.12f} x{scaler.get_scale():g}"
 
 
 snapshots = SnapshotCallback()
@@ -84,4 +86,4 @@ began, done, total = trained(found, snapshots)
 assert found is None or not Path(found).exists()
 *_, undisturbed = trained(None)
 if os.environ["RANK"] == "0":
-    print(f"began at {began}, done at {done}: {total:.12f}, undisturbed {undisturbed:.12f}", flush=True)
+    print(f"began at {began}, done at {done}: {total}, undisturbed {undisturbed}", flush=True)

@@ -6,14 +6,14 @@
     trainer = Trainer(..., callbacks=[snapshots])
     trainer.train(resume_from_checkpoint=snapshots.checkpoint())
 
-After each step every rank keeps weights, optimizer, scheduler, random numbers and the trainer's state in
-memory; `checkpoint()` gives what is there back as a checkpoint folder, which the Trainer loads as one of its
-own: it skips the batches that were used. Needs checkpoint.snapshot_every in the job's spec; outside keepstep
-it does nothing.
+After each step every rank keeps weights, optimizer, scheduler, random numbers, the loss scale of fp16 and the
+trainer's state in memory; `checkpoint()` gives what is there back as a checkpoint folder, which the Trainer
+loads as one of its own: it skips the batches that were used. Needs checkpoint.snapshot_every in the job's
+spec; outside keepstep it does nothing.
 
-Not covered: models that the ranks share (FSDP, DeepSpeed, tensor parallel: refused), the loss scale of fp16,
-states of other callbacks, lines of the log before the last hundred, a dataset that is an iterator of its own
-(the Trainer fast-forwards it by reading).
+Not covered: models that the ranks share (FSDP, DeepSpeed, tensor parallel: refused), states of other
+callbacks, lines of the log before the last hundred, a dataset that is an iterator of its own (the Trainer
+fast-forwards it by reading).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from keepstep.session.progress import current
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+    from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
     from transformers.utils import WEIGHTS_NAME
 except ImportError as error:
     raise ImportError(
@@ -61,6 +61,8 @@ class SnapshotCallback(TrainerCallback):  # type: ignore[misc]
         torch.save(state["model"], folder / WEIGHTS_NAME)
         torch.save(state["optimizer"], folder / OPTIMIZER_NAME)
         torch.save(state["scheduler"], folder / SCHEDULER_NAME)
+        if state["scaler"]:
+            torch.save(state["scaler"], folder / SCALER_NAME)
         (folder / TRAINER_STATE_NAME).write_text(state["trainer"])
         world = self._session.world_size
         name = "rng_state.pth" if world == 1 else f"rng_state_{self._session.rank}.pth"
@@ -90,13 +92,14 @@ class SnapshotCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._forget()
         figures = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        scaler = getattr(more["optimizer"], "scaler", None)  # of accelerate's wrapper, for fp16
         figures["log_history"] = state.log_history[-_LOG_LINES:]
         self._snapshots.take(
             state.global_step,
             {
                 "model": more["model"].state_dict(), "optimizer": more["optimizer"].state_dict(),
                 "scheduler": more["lr_scheduler"].state_dict(), "random": randomness.captured(),
-                "trainer": json.dumps(figures),
+                "scaler": scaler.state_dict() if scaler else None, "trainer": json.dumps(figures),
             },
         )  # fmt: skip
         self._session.step_done(state.global_step)

@@ -7,8 +7,9 @@
     trainer.fit(model, data, ckpt_path=snapshots.checkpoint())
 
 After each optimizer step every rank keeps what Lightning would write into a checkpoint (weights, optimizers,
-schedulers, loops, callbacks) and its random numbers in memory; `checkpoint()` gives what is there back as a
-checkpoint file. Needs checkpoint.snapshot_every in the job's spec; outside keepstep it does nothing.
+schedulers, the loss scale of fp16, loops, callbacks) and its random numbers in memory; `checkpoint()` gives
+what is there back as a checkpoint file. Needs checkpoint.snapshot_every in the job's spec; outside keepstep
+it does nothing.
 
 Not covered: models that the ranks share (FSDP, DeepSpeed, ModelParallel: refused), random numbers of
 data-loader workers. Lightning itself goes on within an epoch only with a data loader that has `state_dict`

@@ -1,7 +1,10 @@
-"""Makes one rank of the built-in trainer fail: DISTURB says KIND:RANK:STEP, with commas one for each attempt.
+"""Makes a rank of the built-in trainer fail: DISTURB says KIND:RANK:STEP, with commas one for each attempt;
+RANK may be `all`.
 
 On PYTHONPATH of a job under test. The trainer itself is unchanged: its class is wrapped when it is imported.
 With the kind `asked` a rank is held up as DISTURB_FOLDER/asked says at each step: `data`, `gc`, or nothing.
+With `zeros` three batches come from a file that lost its content, in every attempt; in those that
+DISTURB names the next one does not come at all.
 """
 
 import gc
@@ -18,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 TRAINER = "keepstep.llama.trainer"
+ROTTEN = 3  # batches
 FLIPPED = {"flip weights": "weights", "flip owned": "master", "flip moment": "exp_avg"}  # of its state
 
 
@@ -25,7 +29,7 @@ def disturb(trainer: Any, kind: str) -> None:
     """In the middle of a step, in its forward phase."""
     from keepstep.session import Phase
 
-    if kind != "asked":
+    if kind not in ("asked", "zeros"):
         trainer.session.phase(Phase.EVALUATION if kind == "evaluate" else Phase.FORWARD)
     match kind:
         case "loop":
@@ -52,8 +56,19 @@ def disturb(trainer: Any, kind: str) -> None:
             until = time.perf_counter() + float(os.environ["DISTURB_SECONDS"])
             while time.perf_counter() < until:
                 sum(range(1000))
+        case _:
+            falsify(trainer, kind)
+
+
+def falsify(trainer: Any, kind: str) -> None:
+    """What it computes with is not what it should be."""
+    match kind:
         case "nan":
             spoil(trainer)
+        case "zeros":
+            next_batch(trainer, lambda batch: batch._replace(tokens=batch.tokens * 0))
+        case "zeros end":
+            next_batch(trainer, lambda _: threading.Event().wait())
         case "flip weights" | "flip owned" | "flip moment":
             flip(getattr(trainer.state, FLIPPED[kind]))
 
@@ -65,19 +80,23 @@ def flip(part: Any) -> None:
     part.view(torch.int32)[11] ^= 1 << 20
 
 
+def next_batch(trainer: Any, change: Callable[[Any], Any]) -> None:
+    """It goes through `change`."""
+    source = trainer.source
+
+    class Changed:
+        def sequences(self, *arguments: int) -> Any:
+            trainer.source = source
+            return change(source.sequences(*arguments))
+
+    trainer.source = Changed()
+
+
 def hold_up(trainer: Any, asked: Path) -> None:
     """Its data comes late, or it collects the garbage of a crowd of objects at each step."""
     match asked.read_text() if asked.exists() else "":
         case "data":
-            source = trainer.source
-
-            class Late:
-                def sequences(self, *arguments: int) -> Any:
-                    trainer.source = source
-                    time.sleep(0.08)
-                    return source.sequences(*arguments)
-
-            trainer.source = Late()
+            next_batch(trainer, lambda batch: time.sleep(0.08) or batch)  # type: ignore[func-returns-value]
         case "gc":
             crowd = [[k] for k in range(400_000)]
             gc.collect()
@@ -103,9 +122,12 @@ def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
     def faulty(self: Any, *arguments: Any, **named: Any) -> Any:
         attempt = int(os.environ.get("KEEPSTEP_ATTEMPT", "/1/").split("/")[1])
         kind, rank, at = faults[min(attempt, len(faults)) - 1]
-        due = attempt <= len(faults) or kind == "nan"
-        reached = self.state.step >= int(at) if kind in ("slow", "asked") else self.state.step == int(at)
-        if os.environ.get("RANK") == rank and due and reached:
+        named_here, since = attempt <= len(faults), self.state.step - int(at)
+        lasts = {"slow": sys.maxsize, "asked": sys.maxsize, "zeros": ROTTEN}.get(kind, 1)  # steps
+        if kind == "zeros" and named_here and since == ROTTEN:
+            kind, lasts = "zeros end", ROTTEN + 1
+        due = named_here or kind in ("nan", "zeros")
+        if rank in (os.environ.get("RANK"), "all") and due and 0 <= since < lasts:
             disturb(self, kind)
         return step(self, *arguments, **named)
 
