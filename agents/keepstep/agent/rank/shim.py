@@ -77,6 +77,7 @@ class Shim:
         self._pushed: tuple[lines.Peer | None, ShimStatus | None] = (None, None)
         self._seen_s = time.monotonic()  # when an agent was last connected
         self._exits: list[tuple[int, int, int]] = []
+        self._reaping = False
         self._terminated = False
         self._deadline_s: float | None = None  # of the grace given
         self._purge: Purge | None = None
@@ -132,15 +133,20 @@ class Shim:
             self._crew.let_go()
 
     def _reap(self, *_: object) -> None:
-        """Runs as soon as the interpreter can, so that the order of exits is kept."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            self._exits.append((pid, status, time.monotonic_ns()))
+        """Runs as soon as the interpreter can, and never inside of itself, so exits keep their order.
+
+        What ends meanwhile is reaped here or by the loop, which the same signal wakes.
+        """
+        if self._reaping:
+            return
+        self._reaping = True
+        try:
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                self._exits.append((*found, time.monotonic_ns()))
+        except ChildProcessError:  # there are no more
+            pass
+        finally:
+            self._reaping = False
 
     def _terminate(self, *_: object) -> None:
         self._terminated = True
@@ -272,6 +278,7 @@ class Shim:
             self._store.end()  # nobody meets any more
 
     def _take_exits(self) -> None:
+        self._reap()
         exits, self._exits = self._exits, []
         for pid, status, at_ns in exits:
             if pid == self._store.pid:
