@@ -6,6 +6,7 @@ better without it. Whatever happens, the processes that it started are ended by 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,10 +26,13 @@ class RayCluster:
 
     resource = "slot"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, kept: bool = False) -> None:
+        """`kept`: its head writes down what it knows, so that it can come back as the same cluster."""
         folder.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONWARNINGS": "ignore"}
+        if kept:
+            environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
         self._log = (folder / "cluster.log").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -57,6 +61,10 @@ class RayCluster:
         """As a cloud does that takes a node back."""
         self._ask("drain", name, within_s, reason)
 
+    def scale_down(self, name: str) -> str:
+        """What the autoscaler does with an idle node; why Ray will not, or ""."""
+        return str(self._ask("scale_down", name))
+
     def nodes(self) -> dict[str, bool]:
         """By name, whether Ray says that they are alive (the newest of a name)."""
         return dict(self._ask("nodes"))
@@ -76,6 +84,10 @@ class RayCluster:
     def kill_head(self) -> None:
         """kill -9 of the control service."""
         self._ask("kill_head")
+
+    def restart_head(self, *, anew: bool = False) -> None:
+        """The control service comes back, at the same address; `anew`: and has forgotten everything."""
+        self._ask("restart_head", anew)
 
     def set_version(self, version: str) -> str:
         """What the cluster says of its Ray version to whoever connects; returns what it said before."""
@@ -129,7 +141,10 @@ class _Host:
         }  # fmt: skip
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
+        self._connect()
+
+    def _connect(self) -> None:
+        self._ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
 
     def where(self) -> Json:
         return {"address": self._cluster.address, "client": f"ray://127.0.0.1:{self._client_port}"}
@@ -139,6 +154,8 @@ class _Host:
             num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels,
             object_store_memory=_MEMORY_BYTES,
         )  # fmt: skip
+        if not self._ray.is_initialized():
+            self._connect()
 
     def raylet(self, name: str) -> int:
         return int(self._nodes[name].all_processes["raylet"][0].process.pid)
@@ -150,13 +167,20 @@ class _Host:
         os.kill(self.raylet(name), signal.SIGTERM)
 
     def drain(self, name: str, within_s: float, reason: str) -> None:
+        problem = self._drain(name, within_s, "DRAIN_NODE_REASON_PREEMPTION", reason)
+        assert not problem, problem
+
+    def scale_down(self, name: str) -> str:
+        return self._drain(name, 60.0, "DRAIN_NODE_REASON_IDLE_TERMINATION", "idle")
+
+    def _drain(self, name: str, within_s: float, kind: str, reason: str) -> str:
         from ray.core.generated import autoscaler_pb2
 
         node = next(n["NodeID"] for n in self._ray.nodes() if n["NodeName"] == name and n["Alive"])
-        why = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        why = autoscaler_pb2.DrainNodeReason.Value(kind)
         deadline_ms = int((time.time() + within_s) * 1000)
         accepted, problem = self._gcs().drain_node(node, why, reason, deadline_ms)
-        assert accepted, problem
+        return "" if accepted else str(problem)
 
     def nodes(self) -> dict[str, bool]:
         return {n["NodeName"]: n["Alive"] for n in sorted(self._ray.nodes(), key=lambda n: bool(n["Alive"]))}
@@ -197,6 +221,14 @@ class _Host:
 
     def kill_head(self) -> None:
         os.kill(self._cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+
+    def restart_head(self, anew: bool) -> None:
+        head = self._cluster.head_node
+        head.kill_gcs_server(check_alive=False)
+        if anew:
+            self._ray.shutdown()
+            shutil.rmtree(os.environ["RAY_gcs_storage_path"])
+        head.start_gcs_server()
 
     def set_version(self, version: str) -> str:
         from ray._common.usage import usage_constants

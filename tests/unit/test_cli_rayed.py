@@ -1,13 +1,11 @@
 """The options that name a Ray cluster: what is typed is what the controller gets, and mistakes are told."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 
 from keepstep.cli.rayed import NO_RAY, RayOptions
 from keepstep.core.errors import InputError
-from keepstep.core.home import Home
 
 
 def test_no_address_is_no_ray() -> None:
@@ -22,11 +20,11 @@ def test_it_is_said_that_ray_is_not_installed() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-def test_a_home_keeps_the_name_by_which_its_things_are_found(tmp_path: Path) -> None:
+def test_what_is_typed_is_what_the_pool_gets() -> None:
     asked = RayOptions(address="10.0.0.1:6379", resource="slot", labels=("rack=in(a,b)",), folder="/d")
-    first, again = (asked.settings(Home(path=tmp_path)) for _ in range(2))
-    assert first == again
-    assert first.terms.prefix == f"keepstep/{(tmp_path / 'pool-ray.id').read_text().strip()}/"
+    first = asked.settings("me")
+    assert first.terms.prefix == "keepstep/me/"
+    assert RayOptions(address="h:1").settings("me").folder == "/tmp/keepstep-ray/me"
     assert first.terms.labels == {"rack": "in(a,b)"}
     assert (first.address, first.terms.resource, first.folder) == ("10.0.0.1:6379", "slot", "/d")
     with pytest.raises(InputError, match="'rack' is not KEY=VALUE"):
