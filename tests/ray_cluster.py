@@ -137,7 +137,7 @@ class _Host:
         self._client_port = _free_port()
         head = {
             "num_cpus": 2, "include_dashboard": False, "node_name": "head",
-            "object_store_memory": _MEMORY_BYTES, "ray_client_server_port": self._client_port,
+            "ray_client_server_port": self._client_port, **_least(),
         }  # fmt: skip
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
@@ -151,9 +151,8 @@ class _Host:
 
     def add(self, name: str, slots: int, labels: dict[str, str]) -> None:
         self._nodes[name] = self._cluster.add_node(
-            num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels,
-            object_store_memory=_MEMORY_BYTES,
-        )  # fmt: skip
+            num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels, **_least()
+        )
         if not self._ray.is_initialized():
             self._connect()
 
@@ -227,7 +226,7 @@ class _Host:
         head.kill_gcs_server(check_alive=False)
         if anew:
             self._ray.shutdown()
-            shutil.rmtree(os.environ["RAY_gcs_storage_path"])
+            shutil.rmtree(os.environ["RAY_gcs_storage_path"])  # noqa: SIM112 - Ray spells it so
         head.start_gcs_server()
 
     def set_version(self, version: str) -> str:
@@ -244,6 +243,18 @@ class _Host:
     def close(self) -> None:
         self._ray.shutdown()
         self._cluster.shutdown()
+
+
+def _least() -> Json:
+    """What each node needs. With given ports it does not wait, 15 s at most, for those its agents would choose."""
+    ports = (
+        "metrics_agent_port",
+        "metrics_export_port",
+        "runtime_env_agent_port",
+        "dashboard_agent_listen_port",
+    )
+    least = {"object_store_memory": _MEMORY_BYTES, "include_log_monitor": False}
+    return least | {port: _free_port() for port in ports}
 
 
 def _free_port() -> int:
