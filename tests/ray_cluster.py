@@ -246,7 +246,7 @@ class _Host:
 
 
 def _least() -> Json:
-    """What each node needs. With given ports it does not wait, 15 s at most, for those its agents would choose."""
+    """What each node needs. With given ports it waits for no choice of its agents (and not 15 s at most)."""
     ports = (
         "metrics_agent_port",
         "metrics_export_port",

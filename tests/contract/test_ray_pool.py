@@ -17,12 +17,16 @@ import psutil
 import pytest
 
 from cluster import Cluster, Json
+from keepstep.cli import service
 from keepstep.cli.rayed import RayOptions
+from keepstep.core.home import Home, running_controller
 from keepstep.pools.ray.words import Seen, Wanted, WantedAgent, WantedGroup
+from keepstep.spec import load, to_dict
 from ray_cluster import RayCluster
 from specs import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ACTOR = Path(__file__).parents[2] / "deploy" / "ray" / "controller_actor.py"
 NODES = ("n1", "n2", "n3")
 ONE = """
 name: one
@@ -164,7 +168,7 @@ def test_what_arrives_is_used_what_is_used_is_not_idle_and_nothing_stays(
     ray.add("late2", 1, bench="faults", rack="late")
     told = cluster.wait_step(job, 3)
     assert set(told["attempt"]["nodes"]) == {"late1", "late2"}
-    assert all("not idle" in ray.scale_down(node) for node in told["attempt"]["nodes"])
+    assert all("no longer idle" in ray.scale_down(node) for node in told["attempt"]["nodes"])
     cluster.client.post(f"/jobs/{job}/cancel")
     cluster.wait_state(job, "cancelled")
     nothing_left(ray)
@@ -181,6 +185,42 @@ def test_what_arrives_is_used_what_is_used_is_not_idle_and_nothing_stays(
         said = [line["line"] for line in cluster.client.lines(f"/jobs/{job}/logs")]
         assert f"leaves with {code}" in said
         nothing_left(ray)
+
+
+def test_a_controller_may_be_an_actor(ray: RayCluster, tmp_path: Path) -> None:
+    """As deploy/ray has it: begun, killed and begun again by Ray, stopped; a job is done before and after."""
+    home = Home(path=tmp_path / "home")
+    terms = ["--ray-resource", ray.resource, "--ray-label", "bench=faults", "--ray-dir", str(home.nodes)]
+    assert as_actor(ray, str(home.path), "0", *terms) == "runs\n"
+
+    def up(than: int = 0) -> int:
+        running = running_controller(home)
+        return running.pid if running is not None and running.pid != than else 0
+
+    def does_a_job() -> None:
+        running = running_controller(home)
+        assert running is not None
+        client = service.client(running)
+        spec = to_dict(load(ONE.format(code="0"), "test.yaml", ("pool=ray",), base_dir=home.path))
+        job = client.post("/jobs", {"spec": spec})["id"]
+        ray.until(lambda: client.get(f"/jobs/{job}")["state"] == "succeeded", "the job's end", 240.0)
+
+    ray.until(up, "the controller", 240.0)
+    does_a_job()
+    killed = up()
+    os.kill(killed, signal.SIGKILL)
+    ray.until(lambda: up(killed), "Ray to begin it again", 240.0)
+    does_a_job()
+    last = psutil.Process(up())
+    assert as_actor(ray, str(home.path), "0", "stop") == "stopped\n"
+    last.wait(30)
+    ray.until(lambda: not ray.actors() and not ray.groups(), "nothing to be left")
+
+
+def as_actor(ray: RayCluster, *arguments: str) -> str:
+    command = [sys.executable, str(ACTOR), *arguments]
+    environment = {**os.environ, "RAY_ADDRESS": ray.address, "RAY_USAGE_STATS_ENABLED": "0"}
+    return subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True).stdout
 
 
 def test_what_a_controller_left_goes_with_its_last_agent(ray: RayCluster, tmp_path: Path) -> None:
