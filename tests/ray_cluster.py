@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
-_MEMORY_BYTES = 80 << 20  # of the object store of each node: nobody uses it here
+# Of each node: nobody uses the object store here, or reads its logs elsewhere.
+_LEAST: Json = {"object_store_memory": 80 << 20, "include_log_monitor": False}
 _START_WITHIN_S = 120.0
 _ANSWER_WITHIN_S = 60.0
 
@@ -137,7 +138,7 @@ class _Host:
         self._client_port = _free_port()
         head = {
             "num_cpus": 2, "include_dashboard": False, "node_name": "head",
-            "ray_client_server_port": self._client_port, **_least(),
+            "ray_client_server_port": self._client_port, **_LEAST,
         }  # fmt: skip
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
@@ -151,7 +152,7 @@ class _Host:
 
     def add(self, name: str, slots: int, labels: dict[str, str]) -> None:
         self._nodes[name] = self._cluster.add_node(
-            num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels, **_least()
+            num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels, **_LEAST
         )
         if not self._ray.is_initialized():
             self._connect()
@@ -243,18 +244,6 @@ class _Host:
     def close(self) -> None:
         self._ray.shutdown()
         self._cluster.shutdown()
-
-
-def _least() -> Json:
-    """What each node needs. With given ports it waits for no choice of its agents (and not 15 s at most)."""
-    ports = (
-        "metrics_agent_port",
-        "metrics_export_port",
-        "runtime_env_agent_port",
-        "dashboard_agent_listen_port",
-    )
-    least = {"object_store_memory": _MEMORY_BYTES, "include_log_monitor": False}
-    return least | {port: _free_port() for port in ports}
 
 
 def _free_port() -> int:
