@@ -317,7 +317,9 @@ def test_a_gang_outlives_controller_driver_actor_and_raylet(ray: RayCluster, clu
     assert "is whole in memory" in placed(cluster, job)
     assert cluster.incidents(job)[-1]["culprit"]["node"] == lost
     print(f"raylet killed, next step after {told['attempt']['first_step_at'] - killed_at:.1f} s")
-    cluster.until(lambda: kinds(cluster, "ray node dead"), "Ray's own word of it")
+    cluster.until(
+        lambda: "UNEXPECTED_TERMINATION" in newest(cluster, "ray node dead"), "Ray's own word of it"
+    )
 
     left = told["attempt"]["nodes"][0]
     number = told["attempt"]["number"]

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import ray
+from ray.core.generated.common_pb2 import NodeDeathInfo
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util import get_placement_group
 from ray.util.placement_group import (
@@ -43,7 +44,9 @@ _AGAIN_S = 2.0  # an actor that dies is not started more often
 _DRAIN_AGAIN_S = 30.0  # a node that Ray did not drain is not asked for more often
 _LEAVE_WITHIN_S = 25.0
 _ANSWER_WITHIN_S = 10.0
-_UNEXPECTED = "UNEXPECTED_TERMINATION"
+# Words for deaths that a raylet announced itself. A node whose drain was due and that fell silent is called
+# preempted, too: that is no evidence that its processes ended.
+_ORDERLY = {"EXPECTED_TERMINATION", "AUTOSCALER_DRAIN_IDLE"}
 _NATIVE = {"CPU": "num_cpus", "GPU": "num_gpus"}
 
 
@@ -85,6 +88,7 @@ def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any
     identity = row["NodeID"]
     drains_in_s = None
     draining = identity in drained and row["Alive"]
+    died = NodeDeathInfo.Reason.Name(row.get("DeathReason") or 0)
     if draining and drained[identity] > 0:  # Ray says it in wall time only: clocks of a cluster agree
         drains_in_s = max(0.0, round(drained[identity] / 1000 - _CLOCK.wall(), 1))
     return RayNode(
@@ -95,8 +99,8 @@ def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any
         total=row["Resources"],
         available=available.get(identity, {}),
         labels=row.get("Labels") or {},
-        death="" if row["Alive"] else f"{row.get('DeathReason')}: {row.get('DeathReasonMessage')}",
-        orderly=not row["Alive"] and _UNEXPECTED not in str(row.get("DeathReason")),
+        death="" if row["Alive"] else f"{died}: {row.get('DeathReasonMessage')}",
+        orderly=not row["Alive"] and died in _ORDERLY,
         draining=draining,
         drains_in_s=drains_in_s,
     )
