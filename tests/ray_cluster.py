@@ -229,6 +229,8 @@ class _Host:
             self._ray.shutdown()
             shutil.rmtree(os.environ["RAY_gcs_storage_path"])  # noqa: SIM112 - Ray spells it so
         head.start_gcs_server()
+        if anew:
+            head._write_cluster_info_to_kv()
 
     def set_version(self, version: str) -> str:
         from ray._common.usage import usage_constants
