@@ -132,20 +132,25 @@ class RayCluster:
 class _Host:
     def __init__(self) -> None:
         import ray
-        from ray.cluster_utils import Cluster
 
         self._ray = ray
         self._client_port = _free_port()
-        head = {
-            "num_cpus": 2, "include_dashboard": False, "node_name": "head",
-            "ray_client_server_port": self._client_port, **_LEAST,
-        }  # fmt: skip
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._before: Any = None  # the cluster whose head has been replaced by one that knew nothing
+        self._cluster = self._begin()
         self._nodes: dict[str, Any] = {}
         self._connect()
 
     def _connect(self) -> None:
         self._ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
+
+    def _begin(self, **more: Any) -> Any:
+        from ray.cluster_utils import Cluster
+
+        head = {
+            "num_cpus": 2, "include_dashboard": False, "node_name": "head",
+            "ray_client_server_port": self._client_port, **_LEAST, **more,
+        }  # fmt: skip
+        return Cluster(initialize_head=True, head_node_args=head)
 
     def where(self) -> Json:
         return {"address": self._cluster.address, "client": f"ray://127.0.0.1:{self._client_port}"}
@@ -154,8 +159,6 @@ class _Host:
         self._nodes[name] = self._cluster.add_node(
             num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels, **_LEAST
         )
-        if not self._ray.is_initialized():
-            self._connect()
 
     def raylet(self, name: str) -> int:
         return int(self._nodes[name].all_processes["raylet"][0].process.pid)
@@ -224,11 +227,16 @@ class _Host:
 
     def restart_head(self, anew: bool) -> None:
         head = self._cluster.head_node
-        head.kill_gcs_server(check_alive=False)
-        if anew:
-            self._ray.shutdown()
-            shutil.rmtree(os.environ["RAY_gcs_storage_path"])  # noqa: SIM112 - Ray spells it so
-        head.start_gcs_server()
+        if not anew:
+            head.kill_gcs_server(check_alive=False)
+            head.start_gcs_server()
+            return
+        self._ray.shutdown()
+        port = int(self._cluster.address.rpartition(":")[2])
+        head.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        shutil.rmtree(os.environ["RAY_gcs_storage_path"])  # noqa: SIM112 - Ray spells it so
+        self._before, self._cluster = self._cluster, self._begin(gcs_server_port=port)
+        self._connect()
 
     def set_version(self, version: str) -> str:
         from ray._common.usage import usage_constants
@@ -244,6 +252,8 @@ class _Host:
     def close(self) -> None:
         self._ray.shutdown()
         self._cluster.shutdown()
+        if self._before is not None:
+            self._before.shutdown()
 
 
 def _free_port() -> int:

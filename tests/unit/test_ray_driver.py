@@ -1,6 +1,7 @@
 """What Ray's own tables say, in keepstep's words. Needs Ray, but no cluster."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,13 @@ def test_only_what_a_raylet_announced_itself_is_an_orderly_death(
 ) -> None:
     from keepstep.pools.ray.driver import _node
 
-    row = {"NodeID": "1", "NodeName": "a", "NodeManagerAddress": "10.0.0.1", "Resources": {}, "Labels": None}
+    row: dict[str, Any] = {
+        "NodeID": "1",
+        "NodeName": "a",
+        "NodeManagerAddress": "10.0.0.1",
+        "Resources": {},
+        "Labels": None,
+    }
     dead = _node({**row, "Alive": False, "DeathReason": reason, "DeathReasonMessage": "silence"}, {}, {})
     assert (dead.death, dead.orderly) == (f"{name}: silence", orderly)
     alive = _node({**row, "Alive": True, "DeathReason": 0, "DeathReasonMessage": ""}, {}, {})
