@@ -110,19 +110,19 @@ NOT_CUDA := ^nvidia-ml-py==
 
 requirements: $(VENV)/.uv ## resolve the hashed requirement files anew (newest: UPGRADE=--upgrade)
 	cat requirements/dev.txt requirements/torch.txt > requirements/all.txt
-	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra dev pyproject.toml requirements/build.in \
+	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra kubernetes --extra dev pyproject.toml requirements/build.in \
 		-o requirements/all.txt
 	awk '/^[a-z]/ { cuda = $$0 ~ /$(CUDA)/ && $$0 !~ /$(NOT_CUDA)/ } !cuda' \
 		requirements/all.txt > requirements/dev.txt
 	awk '/^[a-z]/ { cuda = $$0 ~ /$(CUDA)/ && $$0 !~ /$(NOT_CUDA)/ } cuda' \
 		requirements/all.txt > requirements/torch.txt
 	@# What only the peers need, in versions that go with the rest.
-	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra dev --extra peers pyproject.toml \
+	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra kubernetes --extra dev --extra peers pyproject.toml \
 		requirements/build.in -c requirements/dev.txt -c requirements/torch.txt -o requirements/all.txt
 	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
 		requirements/dev.txt requirements/torch.txt requirements/all.txt > requirements/peers.txt
 	@# And what only Ray needs.
-	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra dev --extra peers --extra ray-tests pyproject.toml \
+	$(UV) $(COMPILE) $(UPGRADE) --extra train --extra postgres --extra kubernetes --extra dev --extra peers --extra ray-tests pyproject.toml \
 		requirements/build.in -c requirements/dev.txt -c requirements/torch.txt -c requirements/peers.txt -o requirements/all.txt
 	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
 		requirements/dev.txt requirements/torch.txt requirements/peers.txt requirements/all.txt > requirements/ray.txt

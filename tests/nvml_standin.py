@@ -5,10 +5,12 @@ holds for every process that has it loaded, at once.
 """
 
 import ctypes
+import functools
 import mmap
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,15 +124,23 @@ def _healthy(gpu: Gpu, number: int) -> None:
 
 
 def build(target: Path, *, old_driver: bool = False) -> None:
-    """With this machine's C compiler. Errors: NoCompiler."""
+    """With this machine's C compiler, once in each process of tests. Errors: NoCompiler."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.write_bytes(_library(old_driver))
+    beside.rename(target)
+
+
+@functools.cache
+def _library(old_driver: bool) -> bytes:
     compiler = compiler_here()
     if compiler is None:
         raise NoCompiler("no C compiler here (cc, gcc or clang): the stand-in for NVML cannot be built")
     options = ["-DOLD_DRIVER"] if old_driver else []
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
     command = [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *options]
-    subprocess.run([*command, "-o", str(beside), str(SOURCE)], check=True, timeout=60)
-    beside.rename(target)
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "library.so"
+        subprocess.run([*command, "-o", str(library), str(SOURCE)], check=True, timeout=60)
+        return library.read_bytes()
 
 
 def compiler_here() -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HOW = ("wrong", "slow", "hangs", "fails", "dies")
+HOW = ("wrong", "slow", "hangs", "fails", "dies", "refuses")
 _TIMES = 20  # slower
 
 
@@ -36,6 +36,9 @@ class Sickness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             os.kill(os.getpid(), signal.SIGKILL)
         if self._how == "fails":
             raise RuntimeError("the device has fallen off the bus")
+        if self._how == "refuses":  # as PyTorch does on a GPU whose library adds in any order
+            torch.use_deterministic_algorithms(True)
+            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
         started = time.perf_counter()
         answer = func(*args, **(kwargs or {}))
         if self._how == "slow":

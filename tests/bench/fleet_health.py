@@ -1,14 +1,14 @@
 """A day of 16,384 nodes in virtual time: sick ones leave, well ones stay, and never too many go at once.
 
-    .venv/bin/python tests/bench/fleet_health.py [--seed N] [--nodes 16384] [--hours 24]
+    .venv/bin/python tests/bench/fleet_health.py [--seed N] [--nodes 16384] [--hours 24] [--wrong 1]
 
 The production triage, breaker and life cycle decide (`keepstep.decide.ward`, the shipped policy, hooks for
 reset and reboot); the world is made up by a generator that knows nothing of them. Faults come with the mix
 that stopped the Llama 3 405B run, 62 a day for as many nodes; what no probe can see (silent data corruption,
-watchdog time-outs, software) makes no node sick here. Noise beside them: sensors that are wrong for one
-sample, once or for an hour; floods of XID 45; exceptions of a job's own code; agents that restart and tell
-all again; controllers that restart; a rack that loses power. A sensor that is wrong in two samples in a row
-is taken at its word, as the policy says, and is no noise here. The checker counts by itself.
+watchdog time-outs, software) makes no node sick here. Noise beside them: sensors that are wrong for `--wrong`
+samples in a row, once or for an hour, and are told so in two reports a second until the next sample is there;
+floods of XID 45; exceptions of a job's own code; agents that restart and tell all again; controllers that
+restart; a rack that loses power. The checker counts by itself.
 
 The last line is one JSON object: `missed` sick nodes that still got work ten minutes after their fault showed
 (those that the breaker `held` apart), `wrongly_out` well nodes taken out, `breaches` of the blast radius.
@@ -45,7 +45,7 @@ from keepstep.spec.rules import load_rules
 
 RACK, JOB = 32, 1500
 SHOWN_WITHIN_S = 600.0
-# How often agents sample what may flap: one wrong sample stands in as many reports of one a second.
+# How often agents sample what may flap: until then, a wrong sample stands in each report.
 SAMPLED_S = {
     "gpu.lost": 1, "gpu.temperature": 5, "network.link_down": 5, "host.disk_space": 30, "gpu.pcie_width": 30,
 }  # fmt: skip
@@ -80,8 +80,8 @@ class Machine:
 
 
 class World:
-    def __init__(self, nodes: int, hours: float, seed: int) -> None:
-        self.chance = random.Random(seed)
+    def __init__(self, nodes: int, hours: float, seed: int, wrong: int = 1) -> None:
+        self.chance, self.wrong = random.Random(seed), wrong
         self.end = hours * 3600.0
         self.machines = {Node(f"n{i:05}"): Machine(Node(f"n{i:05}")) for i in range(nodes)}
         names = list(self.machines)
@@ -134,7 +134,7 @@ class World:
         reports = {node: self.report(self.machines[node]) for node in self._due}
         self._due = set()
         began = time.process_time()
-        for _ in range(20):
+        for turn in range(20):
             looked = self.ward.look(reports, self.where, self.sizes, self.now)
             self.ward.take(looked, self.now)
             self.looks += 1
@@ -142,9 +142,10 @@ class World:
                 self.decisions[told.kind] += 1
             for node in looked.lives:
                 self.check(node)
-            reports = {}
-            if not looked.moved:
-                break
+            if turn:  # the second time, everything was told again
+                reports = {}
+                if not looked.moved:
+                    break
         self.took_s.append(time.process_time() - began)
         for node in list(self.ward.busy):
             self.serve(node)
@@ -330,7 +331,7 @@ def noise(world: World) -> None:
         machine, began = world.machines[chance.choice(names)], chance.uniform(0, end)
         check = chance.choice(tuple(SAMPLED_S))
         for _ in range(chance.choice((1, 3, 20, 120))):
-            began += SAMPLED_S[check] * chance.uniform(2, 5)
+            began += SAMPLED_S[check] * (world.wrong + chance.uniform(1, 4))
             flap(world, machine, check, began)
     for _ in range(int(60 * scale)):  # floods of XID 45
         machine, began = world.machines[chance.choice(names)], chance.uniform(0, end)
@@ -345,14 +346,14 @@ def noise(world: World) -> None:
 
 
 def flap(world: World, machine: Machine, check: str, when: float) -> None:
-    period = SAMPLED_S[check]
+    lasts = world.wrong * SAMPLED_S[check]
 
     def up() -> None:
         if not machine.needs:
             machine.checks.add(check)
-            for second in {0, 1, period - 1} & set(range(period)):
+            for second in {0, 1, lasts // 2, lasts - 1, lasts}:
                 world.at(world.now + second, lambda: world.reports(machine.name))
-            world.at(world.now + period, down)
+            world.at(world.now + lasts + 1, down)
 
     def down() -> None:
         if not machine.needs:
@@ -398,12 +399,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--nodes", type=int, default=16_384)
     parser.add_argument("--hours", type=float, default=24.0)
+    parser.add_argument("--wrong", type=int, default=1, help="samples in a row")
     options = parser.parse_args()
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     seed = int(commit[:12] or "0", 16) if options.seed is None else options.seed
-    world = World(options.nodes, options.hours, seed)
+    world = World(options.nodes, options.hours, seed, options.wrong)
     print(f"seed {seed}, {options.nodes} nodes, {options.hours:g} h")
     causes, weights = zip(*((cause, often) for cause, (often, _, _) in MIX.items()), strict=True)
     for _ in range(round(419 / 54 * 8 * options.nodes / 16_384 * options.hours / 24)):
@@ -429,7 +431,9 @@ def main() -> None:
         "look_ms_max": round(max(world.took_s) * 1e3, 1),
         "day_cpu_s": round(time.process_time() - began, 1),
     }
-    context = {"seed": seed, "nodes": options.nodes, "decisions": dict(world.decisions)}
+    context = {
+        "seed": seed, "nodes": options.nodes, "wrong": options.wrong, "decisions": dict(world.decisions),
+    }  # fmt: skip
     print(json.dumps({"bench": "fleet_health", "figures": figures, "context": context}))
 
 

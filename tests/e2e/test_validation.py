@@ -65,3 +65,31 @@ def test_the_sick_node_of_a_pool(
     assert (alone["nodes"], pair["nodes"]) == (["a"], ["a", "b"])
     assert alone["figures"]["matmul"] > 0 and alone["checksums"]["training"]
     cluster.until(lambda: client.get("/nodes/a")["life"] == "healthy", "a to have proved itself")
+
+
+def test_a_controller_that_dies_in_the_middle_of_a_validation(
+    start: Callable[..., Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one waits for the very same trial, and the node returns."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (SCRIPTS / "sick", SCRIPTS.parents[1]))))
+    monkeypatch.setenv("SICKNESS", "a:slow:aten.mm")  # takes a while; there is nobody to compare it with
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    cluster = start(nodes=2, slots=1, health_policy=str(tmp_path / "policy.yaml"))
+    client = cluster.client
+
+    def trials() -> list[Json]:
+        found: list[Json] = cluster.client.pages("/jobs", "jobs", limit=100)
+        return found
+
+    client.post("/nodes/a/validate", {"reason": "after new cables"})
+    cluster.until(lambda: any(job["state"] == "running" for job in trials()), "the trial to run")
+    [running] = trials()
+    cluster.kill_controller()
+    cluster.start()
+    cluster.until(lambda: cluster.client.get("/nodes/a")["life"] == "healthy", "a to have proved itself")
+    [passed] = cluster.client.get("/nodes/a/history")["validations"]
+    assert passed["passed"] and passed["job"] == running["id"], passed
+    assert passed["text"].endswith("and with b"), passed
+    found = cluster.client.pages("/jobs", "jobs", limit=100)
+    assert len(found) == 2 and {job["state"] for job in found} == {"succeeded"}, found
+    assert cluster.client.get(f"/jobs/{running['id']}")["attempt"]["number"] == 1

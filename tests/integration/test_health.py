@@ -1,5 +1,7 @@
 """Nodes' health from the kernel's log to the hook and back: real controller, real agents, a stand-in NVML."""
 
+import os
+import subprocess
 import sys
 import time
 import urllib.request
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keepstep.core.errors import Refused
+from keepstep.core.errors import InputError, Refused
 from keepstep.spec.rules import load_rules
 from machines import Machines
 from nvml_standin import compiler_here
@@ -95,7 +97,15 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, folder: Path) ->
         )
     ]  # fmt: skip
     assert machines.kinds(first) == ["node found"] and machines.node(first)["life"] == "healthy"
-    [validation] = cluster.client.get(f"/nodes/{sick}/history")["validations"]
+    history = cluster.client.get(f"/nodes/{sick}/history")
+    assert history["lemon"]["weeks"] == [0.0] * 7 + [1.0] and machines.node(sick)["lemon_score"] == 1.0
+    shown = subprocess.run(
+        [Path(sys.executable).with_name("keepstep"), "node", "history", sick], check=True, text=True,
+        env={**os.environ, "KEEPSTEP_HOME": str(cluster.home.path)}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert "validation passed: by hand" in shown.stdout
+    assert shown.stdout.rstrip().endswith("0 0 0 0 0 0 0 1; replaced at 1000"), shown
+    [validation] = history["validations"]
     assert (validation["passed"], validation["text"]) == (True, "by hand")
 
     with urllib.request.urlopen(f"{cluster.running.url}/metrics", timeout=10) as answer:  # noqa: S310
@@ -105,13 +115,28 @@ def test_from_an_xid_to_the_repair_and_back(machines: Machines, folder: Path) ->
 
     # People: who and why, everywhere.
     cluster.client.post(f"/nodes/{sick}/cordon", {"reason": "fans"})
-    shown = machines.node(sick)
-    assert (shown["life"], shown["life_reason"].split(" by ")[0]) == ("cordoned", "cordon")
-    assert shown["life_owner"] and shown["life_reason"].endswith(": fans")
+    cordoned = machines.node(sick)
+    assert (cordoned["life"], cordoned["life_reason"].split(" by ")[0]) == ("cordoned", "cordon")
+    assert cordoned["life_owner"] and cordoned["life_reason"].endswith(": fans")
     cluster.client.post(f"/nodes/{sick}/uncordon", {"reason": "cleaned"})
-    assert machines.history(sick)[-1]["principal"] == shown["life_owner"]
+    assert machines.history(sick)[-1]["principal"] == cordoned["life_owner"]
     cluster.client.post(f"/jobs/{job}/cancel")
     cluster.wait_state(job, "cancelled")
+
+
+def test_a_policy_with_an_error_is_refused_and_the_old_one_stays(machines: Machines, folder: Path) -> None:
+    cluster, file = machines.cluster, folder / "policy.yaml"
+    before, good = cluster.client.get("/health/policy"), file.read_text()
+    file.write_text(good + "bounds:\n  share: most\n")
+    try:
+        with pytest.raises(InputError) as refused:
+            cluster.client.post("/health/policy/reload")
+        line = len(good.splitlines()) + 2
+        assert f"policy.yaml:{line}:" in str(refused.value), refused.value
+        assert cluster.client.get("/health/policy") == before
+    finally:
+        file.write_text(good)
+    assert cluster.client.post("/health/policy/reload") == before
 
 
 def test_every_row_of_the_xid_table_by_way_of_the_kernels_log(machines: Machines) -> None:

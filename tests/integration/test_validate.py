@@ -100,6 +100,12 @@ def test_each_sickness_is_named(gangs: Gangs, sickness: str, reason: str) -> Non
     assert reason in found.reason
 
 
+def test_what_pytorch_refuses_is_no_fault_of_the_device(gangs: Gangs) -> None:
+    found = judged(gangs.validate(sickness="1:refuses:aten.fill_"))
+    assert found.verdict is Verdict.OK, found.reason
+    assert "6 workloads on 2 ranks; memory could not be tested: RuntimeError: put_" in found.reason
+
+
 def test_slow_is_told_against_others(gangs: Gangs, well: list[Result]) -> None:
     kept = judged(well).kept
     assert kept is not None

@@ -8,9 +8,10 @@ from keepstep.core.errors import Refused
 from keepstep.core.ids import Node
 from keepstep.core.rules import Action, Hook
 from keepstep.core.states import LifeState
-from keepstep.decide.asked import Wish, granted
-from keepstep.decide.life import Outcome
+from keepstep.decide.asked import Wish, granted, screened
+from keepstep.decide.life import Outcome, lemon, lemon_by_week
 from keepstep.decide.lifecycle import ended
+from keepstep.decide.ward import Looked
 from keepstep.spec.rules import load_rules
 from wards import Fleet, check, xid
 
@@ -164,6 +165,39 @@ def test_the_breaker_lets_go_of_the_most_severe_first_when_there_is_room() -> No
     ask(fleet, "a", "uncordon")
     fleet.wait(1.0)
     assert (fleet.life("b").works, fleet.life("c").works) == (True, False)
+
+
+def test_who_a_screening_finds_sick_waits_for_the_breaker() -> None:
+    fleet = Fleet(nodes=("a", "b", "c"))
+    fleet.report("b")
+    fleet.report("c")
+    for node in ("b", "c"):
+        for _ in range(2):  # found by two screenings
+            life = screened(fleet.life(node), "ada", "fails with a", fleet.now)
+            fleet.take(Looked(lives={life.node: life}))
+    fleet.until(lambda: LifeState.VALIDATING in (fleet.state("b"), fleet.state("c")), 30.0)
+    states = sorted(fleet.state(node) for node in ("b", "c"))
+    assert states == [LifeState.HEALTHY, LifeState.VALIDATING], states
+    [held] = fleet.lines("node held")
+    assert held.startswith("screening for ada: fails with a; the breaker holds")
+    first = "b" if fleet.state("b") is LifeState.VALIDATING else "c"
+    fleet.validated(first, passed=True)
+    fleet.wait(700.0)
+    other = ({"b", "c"} - {first}).pop()
+    fleet.until(lambda: fleet.state(other) is LifeState.VALIDATING, 30.0)
+    out = screened(fleet.life(other), "ada", "again", fleet.now)
+    assert out is fleet.life(other), "it is out already"
+
+
+def test_a_lemons_score_by_week() -> None:
+    week = 7 * 86_400.0
+    fleet = Fleet(policy=HOOKED, now=10 * week)
+    assert lemon_by_week(fleet.life("a").entries, fleet.now, HOOKED.lemon, 3) == (0.0, 0.0, 0.0)
+    fleet.report("a", xid(48))
+    fleet.wait(2 * week)
+    told = lemon_by_week(fleet.life("a").entries, fleet.now, HOOKED.lemon, 4)
+    assert told == pytest.approx((0.0, 1.0, 2**-0.5, 0.5), abs=1e-4)
+    assert told[-1] == lemon(fleet.life("a").entries, fleet.now, HOOKED.lemon)
 
 
 def test_a_person_is_never_held() -> None:

@@ -73,9 +73,38 @@ def test_another_checksum_than_the_fleet() -> None:
 def test_slow_is_below_the_fleets_median_and_says_how_much() -> None:
     found = judged(good(0, figure=400.0), good(1), history=fleet(790, 800, 810, 100))
     assert found.verdict is Verdict.SLOW
-    assert found.reason == "matmul is 2.0 times slower than the median of 4 others"
+    assert found.reason == "matmul is 2 times slower than the median of 4 others, where 1.3 is usual"
     assert judged(good(0, figure=700.0), good(1), history=fleet(790, 800, 810)).verdict is Verdict.OK
     assert judged(good(0, figure=1.0), good(1)).verdict is Verdict.OK  # nothing to compare it with
+
+
+@pytest.mark.parametrize(
+    ("others", "slow", "usual"),
+    [  # eight and more say themselves what is usual
+        (
+            [800, 801, 799, 802, 798, 800, 801, 799],
+            700.0,
+            "1.1",
+        ),  # alike to a per mille: still no less than this
+        ([800, 820, 780, 840, 760, 810, 790, 805], 640.0, "1.2"),
+        ([800, 900, 700, 1000, 600, 850, 750, 800], 250.0, "2.2"),
+    ],
+)
+def test_what_is_usual_follows_from_how_far_the_fleet_lies_apart(
+    others: list[float], slow: float, usual: str
+) -> None:
+    found = judged(good(0, figure=slow), good(1), history=fleet(*others))
+    assert found.verdict is Verdict.SLOW and found.reason.endswith(f"where {usual} is usual"), found
+    assert judged(good(0, figure=min(others)), good(1), history=fleet(*others)).verdict is Verdict.OK
+
+
+def test_what_could_not_be_tested_is_said_and_is_no_fault() -> None:
+    refusal = {"outcome": Outcome.UNTESTED, "checksum": "", "figure": 0.0, "text": "not deterministic"}
+    found = judged(good(0), good(1, **refusal))
+    assert found.verdict is Verdict.OK
+    assert found.reason == "1 workloads on 2 ranks; matmul could not be tested: not deterministic"
+    nothing = [replace(result, **refusal) for result in (*good(0), *good(1))]  # type: ignore[arg-type]
+    assert judged(nothing[:2], nothing[2:]).verdict is Verdict.UNTESTED
 
 
 def test_a_rank_that_says_nothing_hangs() -> None:

@@ -17,13 +17,14 @@ from keepstep.core.errors import InputError, NotFound
 from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import WORKING
 from keepstep.decide.asked import VERBS, Wish
-from keepstep.decide.life import Life, lemon
+from keepstep.decide.life import Life, lemon, lemon_by_week
 from keepstep.decide.screen import told
 from keepstep.store.rows import NodeRow
 
 router = APIRouter(prefix="/nodes", tags=["nodes"])
 policies = APIRouter(prefix="/health", tags=["nodes"])
 
+_LEMON_WEEKS = 8
 _DRAIN_MAX_S = 30 * 86_400.0
 
 
@@ -58,6 +59,7 @@ async def history(
         "events": [asdict(event) for event in page.items],
         "next": page.next,
         "validations": [asdict(one) for one in validations],
+        "lemon": _lemon(control, control.health.ward.life(row.name)),
     }
 
 
@@ -194,7 +196,15 @@ def _life(control: Controller, life: Life) -> dict[str, Any]:
         "life_due_s": None if life.due is None else round(max(0.0, life.due - now), 1),
         "revision": life.revision,
         "cordoned": life.state not in WORKING,
+        "lemon_score": round(lemon(life.entries, now, control.health.policy.lemon), 2),
     }
+
+
+def _lemon(control: Controller, life: Life) -> dict[str, Any]:
+    """How much it has cost of late. `weeks`: at the end of each, this one last."""
+    rule = control.health.policy.lemon
+    weeks = lemon_by_week(life.entries, control.health.now, rule, _LEMON_WEEKS)
+    return {"weeks": [round(score, 2) for score in weeks], "replace_at": rule.replace_at}
 
 
 def _history(control: Controller, row: NodeRow) -> dict[str, Any]:
@@ -208,7 +218,6 @@ def _history(control: Controller, row: NodeRow) -> dict[str, Any]:
         ],
         "repairs": [{**msgspec.to_builtins(one), "age_s": round(now - one.at, 1)} for one in life.repairs],
         "notes": [{"by": n.by, "text": n.text, "age_s": round(now - n.at, 1)} for n in life.notes],
-        "lemon_score": round(lemon(life.entries, now, control.health.policy.lemon), 2),
     }
 
 

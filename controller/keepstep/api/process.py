@@ -25,7 +25,7 @@ from keepstep.api.app import build
 from keepstep.api.service import Service
 from keepstep.control.health import Health
 from keepstep.control.loop import Controller
-from keepstep.control.repair import Command, Means, Repairs, Webhook
+from keepstep.control.repair import Command, Managed, Means, Repairs, Webhook
 from keepstep.control.requests import Principal, want
 from keepstep.core.clock import Clock, SystemClock, system_random
 from keepstep.core.errors import Fenced, InputError, KeepstepError
@@ -77,9 +77,13 @@ def serve(settings: Settings) -> int:
         listener = _listen(settings)
         url = f"http://{settings.host}:{listener.getsockname()[1]}"
         pools = _pools(settings, clock, store, url)
+        command = Command(settings.home.path / "repairs", clock)
+        ray = settings.ray.address if settings.ray else os.environ.get("RAY_ADDRESS") or "auto"
         ways: dict[str, Means] = {
-            "command": Command(settings.home.path / "repairs", clock),
+            "command": command,
             "webhook": Webhook(clock),
+            "kubernetes": Managed(command, "keepstep.pools.kubernetes.repair"),
+            "ray": Managed(command, "keepstep.pools.ray.drain", ("--address", ray)),
         }
         controller = Controller(
             store, clock, Policy(), pools, last_seen_at=last_seen_at, health=health, repairs=Repairs(ways)

@@ -61,6 +61,7 @@ COLUMNS = (
     Column("JOBS", _jobs),
     Column("HEARD", _seen, right=True),
     Column("REASON", _reason),
+    Column("LEMON", lambda node: f"{node.get('lemon_score', 0.0):g}", wide=True, right=True),
     Column("ROLE", lambda node: str(node.get("role") or "-"), wide=True),
     Column("ADDRESS", lambda node: ",".join(map(str, node.get("addresses") or [])) or "-", wide=True),
     Column("GPUS", lambda node: str(len(node.get("gpus") or [])), wide=True, right=True),
@@ -127,7 +128,7 @@ def describe(ctx: typer.Context, node: NodeRef, output: Output = "table") -> Non
         shown = [(column.title.lower(), column.cell(found)) for column in COLUMNS]
         known = {
             "name", "state", "slots", "pool", "role", "addresses", "gpus", "labels", "attempts", "health",
-            "history", "life_due_s", "life_reason",
+            "history", "life_due_s", "life_reason", "lemon_score",
         }  # fmt: skip
         rest = {
             key: value for key, value in found.items() if key not in known and value not in (None, "", [], {})
@@ -140,15 +141,23 @@ def describe(ctx: typer.Context, node: NodeRef, output: Output = "table") -> Non
 
 @app.command("history")
 def history(ctx: typer.Context, node: NodeRef, output: Output = "table") -> None:
-    """What happened to a node, who did it and why; and what its validations came to."""
+    """What happened to a node, who did it and why; what its validations came to, and how much it has cost."""
     client = connect(ctx)
     with suggesting(client, node, "/nodes", "nodes"):
         events = client.pages(f"/nodes/{ref(node)}/history", "events", limit=_HISTORY_MAX)
+        found = client.get(f"/nodes/{ref(node)}/history", limit=1)
+    lemon = found["lemon"]
+
+    def page(wide: bool) -> None:
+        draw(events, HISTORY, wide=wide, empty=f"nothing is known of {node}")
+        weeks = " ".join(f"{score:g}" for score in lemon["weeks"])
+        draw_pairs([("lemon score by week", f"{weeks}; replaced at {lemon['replace_at']:g}")])
+
     emit(
         output,
-        {"events": events},
+        {"events": events, "validations": found["validations"], "lemon": lemon},
         name=lambda: [str(event["id"]) for event in events],
-        table=lambda wide: draw(events, HISTORY, wide=wide, empty=f"nothing is known of {node}"),
+        table=page,
     )
 
 

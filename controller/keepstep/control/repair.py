@@ -1,4 +1,4 @@
-"""Has done what keepstep cannot do itself: reset, reboot, ticket, by a shell command or a webhook.
+"""Has done what keepstep cannot do itself: reset, reboot, ticket, by a command, a webhook, Kubernetes or Ray.
 
 A repair has a key and is done at most once, whatever becomes of the controller. A command's folder is made
 before the command is begun and its outcome is written into it, by the command's own shell, which lives on
@@ -6,32 +6,37 @@ without a controller: the next one finds the folder and waits for the outcome, i
 webhook is asked again under the same `Idempotency-Key`, and its receiver tells the two requests apart.
 `timeout` ends a command that no controller is there to end.
 
-Kubernetes and Ray will be further ways of `Means.carry_out`, where those pools are.
+Kubernetes and Ray are asked by commands of keepstep's own, which know how it is done there.
 """
 
 import asyncio
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import httpx
 
 from keepstep.core.clock import Clock
-from keepstep.core.rules import Hook
+from keepstep.core.rules import Action, Hook
 from keepstep.decide.life import Outcome
 
 _LOOK_S = 0.2
 _ASK_AGAIN_S = 5.0
 _GRACE_S = 10.0  # beyond the command's own time, for its shell to say how it ended
 _KILL_AFTER_S = 5
+_OWN_S = 5.0  # of a managed repair's time are for the start and the end of its process
 _TEXT_MAX = 300
 _RUN = """
 timeout -k {kill} {within} "$@" >output 2>&1 </dev/null
 echo $? >code.new && mv code.new code
 """
+_WORDS = {
+    Action.RESET: "reset", Action.RESET_IDLE: "reset", Action.REBOOT: "reboot", Action.REPLACE: "replace",
+}  # fmt: skip
 _TIMED_OUT = {124, 137}  # of `timeout`
 
 
@@ -66,7 +71,7 @@ class Repairs:
     means: Mapping[str, Means]
 
     async def carry_out(self, order: Order, hook: Hook) -> Result:
-        way = self.means["webhook" if hook.webhook else "command"]
+        way = self.means[hook.way]
         result = Result(outcome=Outcome.FAILED, text="it was never tried")
         for number in range(1, hook.tries + 1):
             one = Order(
@@ -144,6 +149,24 @@ class Webhook:
                         return Result(outcome=Outcome.FAILED, text=said)
                 await asyncio.sleep(min(_ASK_AGAIN_S, left_s))
         return Result(outcome=Outcome.FAILED, text=f"no end within {hook.within_s:g} s: {said}")
+
+
+@dataclass(frozen=True, slots=True)
+class Managed:
+    """By a cluster's own management: `module` is run as a command, so it outlives this controller, too."""
+
+    command: Command
+    module: str
+    arguments: tuple[str, ...] = ()
+
+    async def carry_out(self, order: Order, hook: Hook) -> Result:
+        within_s = hook.within_s - min(_OWN_S, hook.within_s / 2)
+        words = (
+            sys.executable, "-m", self.module, *self.arguments, "--node", hook.kubernetes or hook.ray,
+            "--key", "{key}", "--action", _WORDS[Action(order.action)], "--reason", "{reason}",
+            "--within", f"{within_s:g}",
+        )  # fmt: skip
+        return await self.command.carry_out(order, replace(hook, command=words))
 
 
 def _filled(word: str, order: Order) -> str:

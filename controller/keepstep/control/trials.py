@@ -20,7 +20,7 @@ from keepstep.core.ids import Node
 from keepstep.core.job import JobSpec
 from keepstep.core.validation import MARK, Result, results
 from keepstep.decide.trial import trial
-from keepstep.decide.validation import Judged, Kept, judge
+from keepstep.decide.validation import Judged, Kept, Verdict, judge
 from keepstep.spec import from_dict
 from keepstep.store import Writer
 from keepstep.store.rows import AttemptRow, Job, NewEvent
@@ -59,7 +59,7 @@ class Trials:
         pair: bool = False,
         start_within_s: float | None = None,
     ) -> Came | None:
-        """None: it was not wanted any more, did not start in time, or no rank said a word.
+        """None: it was not wanted any more, did not start in time, or nothing could be tested.
 
         That is no verdict: torch may be missing on the node, or a person took the node back.
         """
@@ -76,14 +76,16 @@ class Trials:
         if not wanted():
             return None
         said = await self._said(job)
-        if not said:
-            text = f"{name} says nothing of {' and '.join(nodes)}: {job.state}, {job.reason}"
+        judged = Judged(verdict=Verdict.UNTESTED, reason=f"no rank said a word: {job.state}, {job.reason}")
+        if said:
+            history = await self.history()
+            judged = judge(said, nodes=tuple(nodes), ranks=spec.resources.ranks, history=history)
+        if judged.verdict is Verdict.UNTESTED:
+            text = f"{name}: {' and '.join(nodes)} {judged.verdict}: {judged.reason}"
             await controller.write(
                 lambda writer: writer.add_event(NewEvent(kind="node trial", text=text, node=nodes[0]))
             )
             return None
-        history = await self.history()
-        judged = judge(said, nodes=tuple(nodes), ranks=spec.resources.ranks, history=history)
         log.info("%s: %s is %s: %s", job.id, " and ".join(nodes), judged.verdict, judged.reason)
         return Came(job=job.id, judged=judged)
 

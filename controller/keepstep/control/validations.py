@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from keepstep.control.health import Validation
@@ -15,7 +16,7 @@ from keepstep.control.trials import Came, Trials, figures
 from keepstep.core.errors import KeepstepError, NotFound, Refused
 from keepstep.core.ids import Node
 from keepstep.core.states import WORKING, LifeState
-from keepstep.decide.asked import Wish
+from keepstep.decide.asked import screened as screened_sick
 from keepstep.decide.life import Life
 from keepstep.decide.screen import Pair, Round, Screened, next_round, rounds_max, screened, told
 from keepstep.decide.trial import named
@@ -214,12 +215,14 @@ class Validations:
                 )
 
         await controller.write(write)
+        health = controller.health
         for name in sorted(found.sick):
-            wish = Wish(verb="validate", who=screening.who, reason=f"screening: {texts[name]}")
-            try:
-                await controller.health.ask(controller.fleet, name, wish, controller.write)
-            except Refused as problem:
-                log.info("%s is sick, and already taken care of: %s", name, problem)
+            sick = partial(screened_sick, who=screening.who, why=texts[name], now=health.now)
+            text = f"sick by a screening: {texts[name]}"
+            await health.change(
+                controller.fleet, Node(name), sick, "node found", text, controller.write, screening.who
+            )
+        controller.wake()
 
 
 def _validation(alone: Came, text: str, pair: Came | None = None, *, passed: bool = True) -> Validation:

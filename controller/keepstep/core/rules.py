@@ -61,6 +61,7 @@ KINDS = {str(kind): f"events of kind {kind}" for kind in FaultKind if kind not i
 SIGNALS: Mapping[str, str] = {**CHECKS, **OWN_CHECKS, **KINDS}
 BY_NUMBER = (FaultKind.XID, FaultKind.SXID)
 HOOKS = ("reset", "reboot", "ticket")
+WAYS = ("command", "webhook", "kubernetes", "ray")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +157,18 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hook:
-    """How keepstep has something done that it cannot do itself: a command, or a request to a URL."""
+    """How keepstep has something done that it cannot do itself. Just one of the first four is given."""
 
     command: tuple[str, ...] = ()
     webhook: str = ""
+    kubernetes: str = ""  # what the node is called there
+    ray: str = ""
     within_s: float = 600.0
     tries: int = 2
+
+    @property
+    def way(self) -> str:
+        return next((way for way in WAYS[1:] if getattr(self, way)), WAYS[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ class Outcome(StrEnum):
     WRONG = "wrong"  # it computed, moved or kept something else than it should have
     HUNG = "hung"  # not done within its deadline
     FAILED = "failed"  # an error instead of a result
+    UNTESTED = "untested"  # the software here refuses the workload, whatever the device is like
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from keepstep.core.ids import Node
 from keepstep.core.rules import Action, TriagePolicy
 from keepstep.core.states import LIFE, LifeEvent, LifeState
 from keepstep.decide import life as li
-from keepstep.decide.life import KEEPSTEP, Life, Need, Note, Outcome, moved
+from keepstep.decide.life import KEEPSTEP, SCREENING, Life, Need, Note, Outcome, moved
 
 VERBS = ("cordon", "drain", "uncordon", "validate", "note")
 
@@ -44,6 +44,17 @@ def granted(life: Life, wish: Wish, policy: TriagePolicy, now: float) -> Life:
             return _validate(life, wish, policy, now)
         case _:
             raise AssertionError(wish.verb)
+
+
+def screened(life: Life, who: str, why: str, now: float) -> Life:
+    """A screening found it sick: it is validated as soon as the breaker lets it go. Out already: no news."""
+    if not life.works:
+        return life
+    need = Need(
+        rule=SCREENING, component="", action=Action.DIAGNOSE, key=SCREENING, at=now,
+        reason=f"{SCREENING} for {who}: {why}", check=False,
+    )  # fmt: skip
+    return replace(life, needs=(*(one for one in life.needs if one.key != SCREENING), need))
 
 
 def standing(life: Life) -> str:

@@ -16,6 +16,7 @@ from keepstep.core.rules import Action, Lemon, Suspicion
 from keepstep.core.states import LIFE, WORKING, LifeEvent, LifeState
 
 KEEPSTEP = "keepstep"  # owner of what no person asked for
+SCREENING = "screening"  # key of what a screening says
 ENTRIES_MAX = 200
 REPAIRS_MAX = 50
 NOTES_MAX = 20
@@ -153,6 +154,7 @@ def suspicion(entries: Iterable[Entry], now: float, rule: Suspicion) -> float:
     )
 
 
+_WEEK_S = 7 * 86_400.0
 _WEIGHTS = {Action.RESTART: 0.25, Action.SUSPECT: 0.25, Action.DIAGNOSE: 0.5, Action.RESET_IDLE: 0.5}
 
 
@@ -164,6 +166,13 @@ def lemon(entries: Iterable[Entry], now: float, rule: Lemon) -> float:
         for entry in entries
         if not entry.blamed
     )
+
+
+def lemon_by_week(entries: Iterable[Entry], now: float, rule: Lemon, weeks: int) -> tuple[float, ...]:
+    """The score as it was at the end of each week, this one last."""
+    entries = tuple(entries)
+    ends = [now - week * _WEEK_S for week in reversed(range(weeks))]
+    return tuple(lemon((e for e in entries if e.at <= end), end, rule) for end in ends)
 
 
 def repairs_within(life: Life, now: float, seconds: float) -> int:

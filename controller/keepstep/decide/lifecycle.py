@@ -22,7 +22,7 @@ _NEXT = {
     Action.REBOOT: Action.REPLACE,
     Action.REPLACE: Action.REPLACE,
 }
-_SUMMED = ("suspicion", "suspect")  # needs that come of many events
+_SUMMED = ("suspicion", "suspect", li.SCREENING)  # needs that come of many events
 _SOONER_S = 5.0  # what is told anew of a deadline is no news within this
 _SERVED = 0.5  # a suspicion is over at this share of what it took
 

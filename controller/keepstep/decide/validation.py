@@ -2,9 +2,11 @@
 
 A checksum that differs is proof, from its reference, from the node's other devices, or from what most other
 nodes of the same kind gave. Slow is a comparison with the fleet, as it was measured before: without a history
-nobody is slow.
+nobody is slow. What is usual follows from how far the fleet's own figures lie apart: six robust standard
+deviations (of the median absolute deviation) behind the median is what one of 10^9 good nodes would be.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from statistics import median
 
 from keepstep.core.validation import TRAINING, Outcome, Result
 
+_NORMAL = 1.4826  # median absolute deviations that are one standard deviation
+
 
 class Verdict(StrEnum):
     OK = "ok"
@@ -20,6 +24,7 @@ class Verdict(StrEnum):
     HUNG = "hung"
     FAILED = "failed"
     SLOW = "slow"
+    UNTESTED = "could not be tested"  # says nothing of the node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +40,23 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    slow_factor: float = 1.3  # below the fleet's median; devices of a kind are within a few per cent
-    slow_factor_cpu: float = 5.0  # slots share their machine with whatever else it does
+    """How far behind the fleet's median is slow, as a factor."""
+
     others_min: int = 3  # nodes that a comparison with the fleet needs
+    many: int = 8  # from here on their own spread says what is usual, before that the guesses below
+    few_factor: float = 1.3  # devices of a kind are within a few per cent of each other
+    few_factor_cpu: float = 5.0  # slots share their machine with whatever else it does
+    spreads: float = 6.0  # standard deviations of the fleet's figures
+    least_factor: float = 1.1  # a job is as fast as its slowest node: less than this nobody is sent away for
+    least_factor_cpu: float = 2.0
+
+    def allowed(self, known: Sequence[float], *, cpu: bool) -> float:
+        """`known`: what others measured."""
+        if len(known) < self.many:
+            return self.few_factor_cpu if cpu else self.few_factor
+        middle = median(known)
+        spread = _NORMAL * median(abs(math.log(figure / middle)) for figure in known)
+        return max(self.least_factor_cpu if cpu else self.least_factor, math.exp(self.spreads * spread))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +79,9 @@ def judge(
     problem = _wrong(said) or _devices_differ(said) or _unfinished(said, ranks)
     if problem is not None:
         return problem
+    refused = [result for _, result in said if result.outcome is Outcome.UNTESTED]
+    if refused and not any(result.outcome is Outcome.OK for _, result in said):
+        return _told(Verdict.UNTESTED, refused)
     kept = _kept(said, nodes, ranks)
     others = _others(kept, history)
     limits = limits or Limits()
@@ -170,20 +192,27 @@ def _differs_from_fleet(kept: Kept, others: Sequence[Kept], limits: Limits) -> J
 
 def _slower_than_fleet(kept: Kept, others: Sequence[Kept], limits: Limits) -> Judged | None:
     """By the workload that is behind most."""
-    allowed = limits.slow_factor_cpu if kept.device.startswith("cpu") else limits.slow_factor
-    behind: dict[str, float] = {}
+    cpu = kept.device.startswith("cpu")
+    behind: dict[str, tuple[float, float]] = {}  # how far, and how far it may be
     for workload, figure in kept.figures.items():
-        known = [one.figures[workload] for one in others if workload in one.figures]
+        known = [one.figures[workload] for one in others if one.figures.get(workload)]
         if len(known) >= limits.others_min:
-            behind[workload] = median(known) / figure
-    if not behind or max(behind.values()) <= allowed:
+            behind[workload] = median(known) / figure, limits.allowed(known, cpu=cpu)
+    over = {workload: far / allowed for workload, (far, allowed) in behind.items() if far > allowed}
+    if not over:
         return None
-    workload = max(behind, key=lambda name: behind[name])
-    reason = f"{workload} is {behind[workload]:.1f} times slower than the median of {len(others)} others"
+    workload = max(over, key=lambda name: over[name])
+    far, allowed = behind[workload]
+    reason = (
+        f"{workload} is {far:.2g} times slower than the median of {len(others)} others, "
+        f"where {allowed:.2g} is usual"
+    )
     return Judged(verdict=Verdict.SLOW, reason=reason)
 
 
 def _fine(said: _InOrder, ranks: int, others: Sequence[Kept]) -> str:
     workloads = len({result.workload for _, result in said})
     fleet = f", compared with {len(others)} others" if others else ""
-    return f"{workloads} workloads on {ranks} rank{'s' if ranks != 1 else ''}{fleet}"
+    untested = {result.workload: result.text for _, result in said if result.outcome is Outcome.UNTESTED}
+    but = "".join(f"; {workload} could not be tested: {why}" for workload, why in untested.items())
+    return f"{workloads - len(untested)} workloads on {ranks} rank{'s' if ranks != 1 else ''}{fleet}{but}"

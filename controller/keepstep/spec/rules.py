@@ -45,6 +45,7 @@ _RULE = (
     "why",
 )
 _SHARES = {"share", "share_soon"}
+_CLUSTERS = ("kubernetes", "ray")  # hooks that only need to be told what the node is called there
 _PLACES = {"node", "action", "reason", "key"}  # what a hook's command may name in braces
 
 
@@ -214,15 +215,16 @@ class _Reader:
         return {name: hook for name, hook in hooks.items() if hook is not None}
 
     def _hook(self, value: Any, path: Path) -> r.Hook | None:
-        if not isinstance(value, dict) or ("command" in value) == ("webhook" in value):
-            self._wrong(path, "needs either a `command` or a `webhook`")
+        if not isinstance(value, dict) or sum(way in value for way in r.WAYS) != 1:
+            self._wrong(path, f"needs one of {', '.join(f'`{way}`' for way in r.WAYS)}")
             return None
-        self._unknown(value, ("command", "webhook", "within", "tries"), path)
+        self._unknown(value, (*r.WAYS, "within", "tries"), path)
         command = tuple(self._each(value.get("command"), (*path, "command"), self._argument))
+        named = {way: self._argument(value.get(way, ""), (*path, way)) or "" for way in _CLUSTERS}
         url = self._check(scalars.text, value.get("webhook", ""), (*path, "webhook")) or ""
         if "webhook" in value and not url.startswith(("http://", "https://")):
             self._wrong((*path, "webhook"), f"{shown(url)} is no URL", next="It begins with https://")
-        hook = r.Hook(command=command, webhook=url)
+        hook = r.Hook(command=command, webhook=url, kubernetes=named["kubernetes"], ray=named["ray"])
         within_s = self._seconds(value["within"], (*path, "within")) if "within" in value else hook.within_s
         tries = self._number(value["tries"], (*path, "tries")) if "tries" in value else hook.tries
         return None if within_s is None or tries is None else replace(hook, within_s=within_s, tries=tries)

@@ -24,6 +24,7 @@ from keepstep.validate import together, workloads
 from keepstep.validate.bench import Bench, Measured
 
 _OUT = 1
+_REFUSAL = "use_deterministic_algorithms"  # PyTorch's, of what it cannot compute the same way each time
 Work = Callable[[], Measured]
 
 
@@ -46,7 +47,8 @@ class Rank:
             measured = work()
         except (RuntimeError, ValueError, OSError, MemoryError, KeepstepError) as error:
             first = str(error).strip().partition("\n")[0]
-            self._say(workload, Outcome.FAILED, text=f"{type(error).__name__}: {first}"[:500])
+            outcome = Outcome.UNTESTED if _REFUSAL in str(error) else Outcome.FAILED
+            self._say(workload, outcome, text=f"{type(error).__name__}: {first}"[:500])
             return False
         finally:
             watch.cancel()

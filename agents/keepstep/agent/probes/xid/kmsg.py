@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 
 _READ_BYTES = 8192  # the longest record of any kernel
+_PIECE_BYTES = (
+    64 << 10
+)  # some 800 records, which take milliseconds to look at: whoever else has a turn waits so long
 
 
 class KernelLog:
@@ -18,11 +21,11 @@ class KernelLog:
         self._rest = b""
         self.overtaken = 0  # how often
 
-    def read(self, records_max: int) -> bytes:
-        """Whole lines, of about so many records at most; b"": there is nothing new."""
-        pieces = [self._rest]
+    def read(self) -> bytes:
+        """Whole lines, a piece of bounded length; b"": there is nothing new."""
+        pieces, size = [self._rest], 0
         try:
-            for _ in range(records_max):
+            while size < _PIECE_BYTES:
                 try:
                     piece = os.read(self._descriptor, _READ_BYTES)
                 except BrokenPipeError:  # the kernel has written over what was not read yet
@@ -31,6 +34,7 @@ class KernelLog:
                 if not piece:
                     break
                 pieces.append(piece)
+                size += len(piece)
         except BlockingIOError:
             pass
         data = b"".join(pieces)

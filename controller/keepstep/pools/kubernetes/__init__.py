@@ -1,0 +1,1 @@
+"""Nodes of a Kubernetes cluster. Whatever imports Kubernetes' client runs in a process of its own."""
