@@ -78,7 +78,8 @@ def serve(settings: Settings) -> int:
         url = f"http://{settings.host}:{listener.getsockname()[1]}"
         pools = _pools(settings, clock, store, url)
         command = Command(settings.home.path / "repairs", clock)
-        ray = settings.ray.address if settings.ray else os.environ.get("RAY_ADDRESS") or "auto"
+        used = (pool.settings.address for pool in pools if isinstance(pool, RayPool))
+        ray = next(used, os.environ.get("RAY_ADDRESS") or "auto")
         ways: dict[str, Means] = {
             "command": command,
             "webhook": Webhook(clock),

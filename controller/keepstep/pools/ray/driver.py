@@ -32,6 +32,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keepstep.core.clock import SystemClock
+from keepstep.pools.ray.drain import drain
 from keepstep.pools.ray.keeper import Keeper
 from keepstep.pools.ray.words import NAMESPACE, Actor, Group, RayNode, Seen, Wanted, WantedAgent, WantedGroup
 
@@ -76,12 +77,7 @@ class Inside:
         )
 
     def drain(self, node: str, why: str) -> str:
-        """Ray puts nothing more there and ends the node once it is empty. Why it will not, or ""."""
-        from ray.core.generated import autoscaler_pb2
-
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        accepted, problem = ray._private.worker.global_worker.gcs_client.drain_node(node, reason, why, 0)
-        return "" if accepted else str(problem)
+        return drain(node, why)
 
 
 def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any]) -> RayNode:

@@ -8,9 +8,7 @@ import os
 from pathlib import Path
 
 _READ_BYTES = 8192  # the longest record of any kernel
-_PIECE_BYTES = (
-    64 << 10
-)  # some 800 records, which take milliseconds to look at: whoever else has a turn waits so long
+_PIECE_BYTES = 64 << 10  # some 800 records; whoever else has a turn waits the milliseconds that they take
 
 
 class KernelLog:

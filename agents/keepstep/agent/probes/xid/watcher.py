@@ -64,9 +64,7 @@ class Watcher:
         while True:
             counted, spent_s = False, 0.0
             for _ in range(_PIECES_A_LOOK):
-                began_s = (
-                    time.thread_time()
-                )  # not the clock's: of a busy machine it would count what others take
+                began_s = time.thread_time()  # the clock's would count what others take of a busy machine
                 data = log.read()
                 at = None if back else self._clock.monotonic()
                 counted = self.book.read(data, at, ahead_s) or counted
