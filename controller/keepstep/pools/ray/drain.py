@@ -23,7 +23,7 @@ _LOOK_S = 0.5
 
 
 def drain(node: str, why: str, within_s: float | None = None) -> str:
-    """Ask Ray for it; why it is refused, or "". Only where its control service can be reached: in the cluster.
+    """Ask Ray for it; why it is refused, or "". Inside the cluster only, near its GCS.
 
     `within_s`: None is no deadline.
     """
