@@ -34,7 +34,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
         if importlib.util.find_spec("ray") is None:
             pytest.skip("Ray is not installed: make .venv/.ray")
         if not begun:
-            begun.append(RayCluster(tmp_path_factory.mktemp("ray")))
+            begun.append(RayCluster(tmp_path_factory.mktemp("ray"), kept=True))
         return begun[0]
 
     yield begin

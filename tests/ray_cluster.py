@@ -6,6 +6,7 @@ better without it. Whatever happens, the processes that it started are ended by 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
-_MEMORY_BYTES = 80 << 20  # of the object store of each node: nobody uses it here
+# Of each node: nobody uses the object store here, or reads its logs elsewhere.
+_LEAST: Json = {"object_store_memory": 80 << 20, "include_log_monitor": False}
 _START_WITHIN_S = 120.0
 _ANSWER_WITHIN_S = 60.0
 
@@ -25,10 +27,13 @@ class RayCluster:
 
     resource = "slot"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, kept: bool = False) -> None:
+        """`kept`: its head writes down what it knows, so that it can come back as the same cluster."""
         folder.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONWARNINGS": "ignore"}
+        if kept:
+            environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
         self._log = (folder / "cluster.log").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -57,6 +62,10 @@ class RayCluster:
         """As a cloud does that takes a node back."""
         self._ask("drain", name, within_s, reason)
 
+    def scale_down(self, name: str) -> str:
+        """What the autoscaler does with an idle node; why Ray will not, or ""."""
+        return str(self._ask("scale_down", name))
+
     def nodes(self) -> dict[str, bool]:
         """By name, whether Ray says that they are alive (the newest of a name)."""
         return dict(self._ask("nodes"))
@@ -76,6 +85,10 @@ class RayCluster:
     def kill_head(self) -> None:
         """kill -9 of the control service."""
         self._ask("kill_head")
+
+    def restart_head(self, *, anew: bool = False) -> None:
+        """The control service comes back, at the same address; `anew`: and has forgotten everything."""
+        self._ask("restart_head", anew)
 
     def set_version(self, version: str) -> str:
         """What the cluster says of its Ray version to whoever connects; returns what it said before."""
@@ -119,26 +132,33 @@ class RayCluster:
 class _Host:
     def __init__(self) -> None:
         import ray
-        from ray.cluster_utils import Cluster
 
         self._ray = ray
         self._client_port = _free_port()
+        self._before: Any = None  # the cluster whose head has been replaced by one that knew nothing
+        self._cluster = self._begin()
+        self._nodes: dict[str, Any] = {}
+        self._connect()
+
+    def _connect(self) -> None:
+        self._ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
+
+    def _begin(self, **more: Any) -> Any:
+        from ray.cluster_utils import Cluster
+
         head = {
             "num_cpus": 2, "include_dashboard": False, "node_name": "head",
-            "object_store_memory": _MEMORY_BYTES, "ray_client_server_port": self._client_port,
+            "ray_client_server_port": self._client_port, **_LEAST, **more,
         }  # fmt: skip
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self._nodes: dict[str, Any] = {}
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
+        return Cluster(initialize_head=True, head_node_args=head)
 
     def where(self) -> Json:
         return {"address": self._cluster.address, "client": f"ray://127.0.0.1:{self._client_port}"}
 
     def add(self, name: str, slots: int, labels: dict[str, str]) -> None:
         self._nodes[name] = self._cluster.add_node(
-            num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels,
-            object_store_memory=_MEMORY_BYTES,
-        )  # fmt: skip
+            num_cpus=2, resources={RayCluster.resource: slots}, node_name=name, labels=labels, **_LEAST
+        )
 
     def raylet(self, name: str) -> int:
         return int(self._nodes[name].all_processes["raylet"][0].process.pid)
@@ -150,13 +170,20 @@ class _Host:
         os.kill(self.raylet(name), signal.SIGTERM)
 
     def drain(self, name: str, within_s: float, reason: str) -> None:
+        problem = self._drain(name, within_s, "DRAIN_NODE_REASON_PREEMPTION", reason)
+        assert not problem, problem
+
+    def scale_down(self, name: str) -> str:
+        return self._drain(name, 60.0, "DRAIN_NODE_REASON_IDLE_TERMINATION", "idle")
+
+    def _drain(self, name: str, within_s: float, kind: str, reason: str) -> str:
         from ray.core.generated import autoscaler_pb2
 
         node = next(n["NodeID"] for n in self._ray.nodes() if n["NodeName"] == name and n["Alive"])
-        why = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        why = autoscaler_pb2.DrainNodeReason.Value(kind)
         deadline_ms = int((time.time() + within_s) * 1000)
         accepted, problem = self._gcs().drain_node(node, why, reason, deadline_ms)
-        assert accepted, problem
+        return "" if accepted else str(problem)
 
     def nodes(self) -> dict[str, bool]:
         return {n["NodeName"]: n["Alive"] for n in sorted(self._ray.nodes(), key=lambda n: bool(n["Alive"]))}
@@ -198,6 +225,19 @@ class _Host:
     def kill_head(self) -> None:
         os.kill(self._cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
 
+    def restart_head(self, anew: bool) -> None:
+        head = self._cluster.head_node
+        if not anew:
+            head.kill_gcs_server(check_alive=False)
+            head.start_gcs_server()
+            return
+        self._ray.shutdown()
+        port = int(self._cluster.address.rpartition(":")[2])
+        head.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        shutil.rmtree(os.environ["RAY_gcs_storage_path"])  # noqa: SIM112 - Ray spells it so
+        self._before, self._cluster = self._cluster, self._begin(gcs_server_port=port)
+        self._connect()
+
     def set_version(self, version: str) -> str:
         from ray._common.usage import usage_constants
         from ray.experimental.internal_kv import _internal_kv_initialized
@@ -212,6 +252,8 @@ class _Host:
     def close(self) -> None:
         self._ray.shutdown()
         self._cluster.shutdown()
+        if self._before is not None:
+            self._before.shutdown()
 
 
 def _free_port() -> int:

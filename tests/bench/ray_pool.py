@@ -1,6 +1,6 @@
 """From a fault to the next completed step on Ray, beside the local pool and Ray Train v2 in the same run.
 
-    .venv/bin/python tests/bench/ray_pool.py [--times N]
+    .venv/bin/python tests/bench/ray_pool.py [--times N] [--only pairs|raylet]
 
 A real Ray cluster on this machine, one node for pairs of ranks and three for a gang of eight. Seconds are
 medians. `kill`: a rank of two is killed, on the local pool, on Ray, and under Ray Train, by turns. `raylet
@@ -128,7 +128,9 @@ def raylet_killed(ray: RayCluster, folder: Path, figures: Figures) -> None:
         figures.add("raylet_killed_s", first["at"] - wall, parts_of(timeline(cluster, job), wall))
         figures.replayed.append(max(0, done - first["step"] + 1))
         events = timeline(cluster, job)
-        print("   ", [event["text"] for event in events if event["kind"] == "placed"][-1], flush=True)
+        for event in events:
+            if event["at"] >= wall:
+                print(f"    {event['at'] - wall:7.3f} {event['kind']}: {event['text'][:150]}", flush=True)
         cluster.client.post(f"/jobs/{job}/cancel")
         cluster.wait_state(job, "cancelled")
     finally:
@@ -161,24 +163,29 @@ def pairs(ray: RayCluster, folder: Path, figures: Figures, times: int) -> None:
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--times", type=int, default=5)
-    times = options.parse_args().times
+    options.add_argument("--only", choices=["pairs", "raylet"], help="one half of it")
+    asked = options.parse_args()
+    times = asked.times
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     figures = Figures()
     with tempfile.TemporaryDirectory(prefix="keepstep-bench-") as name:
         folder = Path(name)
         ray = RayCluster(folder / "ray")
         try:
-            ray.add("p", 2, bench="pair")
-            pairs(ray, folder, figures, times)
-            for node in ("a", "b", "c"):
-                ray.add(node, 4, bench="cube")
-            raylet_killed(ray, folder / "cube", figures)
+            if asked.only != "raylet":
+                ray.add("p", 2, bench="pair")
+                pairs(ray, folder, figures, times)
+            if asked.only != "pairs":
+                for node in ("a", "b", "c"):
+                    ray.add(node, 4, bench="cube")
+                raylet_killed(ray, folder / "cube", figures)
         finally:
             ray.close()
     medians = figures.medians()
-    medians["kill_vs_local"] = medians["kill_2_ray_s"] / medians["kill_2_s"]
-    medians["kill_vs_ray_train"] = medians["kill_ray_train_s"] / medians["kill_2_ray_s"]
-    medians["submit_vs_ray_train"] = medians["submit_ray_train_s"] / medians["submit_ray_s"]
+    if asked.only != "raylet":
+        medians["kill_vs_local"] = medians["kill_2_ray_s"] / medians["kill_2_s"]
+        medians["kill_vs_ray_train"] = medians["kill_ray_train_s"] / medians["kill_2_ray_s"]
+        medians["submit_vs_ray_train"] = medians["submit_ray_train_s"] / medians["submit_ray_s"]
     medians["steps_replayed_max"] = max(figures.replayed)
     context = {"times": times, "cores": os.cpu_count(), "load_1min": round(os.getloadavg()[0], 1)}
     rounded = {name: round(value, 3) for name, value in sorted(medians.items())}

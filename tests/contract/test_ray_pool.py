@@ -17,13 +17,24 @@ import psutil
 import pytest
 
 from cluster import Cluster, Json
+from keepstep.cli import service
 from keepstep.cli.rayed import RayOptions
+from keepstep.core.errors import Unreachable
+from keepstep.core.home import Home, running_controller
 from keepstep.pools.ray.words import Seen, Wanted, WantedAgent, WantedGroup
+from keepstep.spec import load, to_dict
 from ray_cluster import RayCluster
 from specs import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ACTOR = Path(__file__).parents[2] / "deploy" / "ray" / "controller_actor.py"
 NODES = ("n1", "n2", "n3")
+ONE = """
+name: one
+resources: {{nodes: 1, gpus_per_node: 1}}
+run: {{command: [python, -c, "print('leaves with {code}'); raise SystemExit({code})"], ship: none}}
+recovery: {{restarts: {{max: 0}}}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -106,38 +117,28 @@ def test_what_cannot_be_placed_says_why_and_is_demand(
     nothing_left(ray)
 
 
-def test_a_cluster_that_is_gone_or_of_another_version_is_named(ray: RayCluster, tmp_path: Path) -> None:
+def test_a_cluster_that_is_gone_or_of_another_version_is_named(
+    ray: RayCluster, cluster: Cluster, tmp_path: Path
+) -> None:
     before = ray.set_version("2.49.0")
+    driver = driver_of(cluster)
     try:
-        newer = begin(ray, tmp_path / "newer")
-        try:
-            job = newer.submit(TINY, "pool=ray")
-            told = newer.wait(job, lambda job: "does not answer" in job["reason"])
-            assert "ersion mismatch" in told["reason"]
-        finally:
-            newer.close()
+        os.kill(driver, signal.SIGKILL)
+        job = cluster.submit(TINY, "pool=ray")
+        told = cluster.wait(job, lambda job: "ersion mismatch" in job["reason"])
+        assert "does not answer" in told["reason"]
     finally:
         ray.set_version(before)
-    for resource, good in ((ray.resource, True), ("GPU", False)):
-        asked = [
-            "keepstep.cli.main",
-            "doctor",
-            "--ray",
-            ray.address,
-            "--ray-resource",
-            resource,
-            "-o",
-            "json",
-        ]
-        command = [sys.executable, "-m", *asked, "-o", "json"]
-        done = subprocess.run(command, capture_output=True, check=False, timeout=200)
-        checks = {check["what"]: check for check in json.loads(done.stdout)["checks"]}
-        assert checks["ray cluster"]["state"] == "ready", checks
-        if good:
-            assert checks["ray versions"]["state"] == "ready", checks
-        else:
-            assert "no node declares GPU; they declare CPU" in checks["ray resources"]["told"]
-            assert done.returncode == 1
+    cluster.until(lambda: kinds(cluster, "ray back"), "the driver to connect again")
+    cluster.client.post(f"/jobs/{job}/cancel")
+    cluster.wait_state(job, "cancelled")
+
+    checks = doctor(ray, ray.resource, "http://127.0.0.1:9")
+    assert checks["ray cluster"]["state"] == checks["ray versions"]["state"] == "ready", checks
+    assert checks["ray to controller"]["state"] == "failed"
+    assert "http://127.0.0.1:9 is not reached; n1: [Errno 111]" in checks["ray to controller"]["told"]
+    assert "no node declares GPU; they declare CPU" in doctor(ray, "GPU")["ray resources"]["told"]
+
     gone = begin(ray, tmp_path / "gone", address="127.0.0.1:9")
     try:
         job = gone.submit(TINY, "pool=ray")
@@ -148,13 +149,93 @@ def test_a_cluster_that_is_gone_or_of_another_version_is_named(ray: RayCluster, 
         gone.close()
 
 
+def doctor(ray: RayCluster, resource: str, url: str = "") -> dict[str, Json]:
+    asked = ["--ray", ray.address, "--ray-resource", resource, "--ray-url", url, "-o", "json"]
+    command = [sys.executable, "-m", "keepstep.cli.main", "doctor", *asked]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=200)
+    return {check["what"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+def test_what_arrives_is_used_what_is_used_is_not_idle_and_nothing_stays(
+    ray: RayCluster, cluster: Cluster
+) -> None:
+    ray.add("late1", 1, bench="faults", rack="late")
+    spread = TINY.replace("gpus_per_node: 2", "gpus_per_node: 1, labels: {rack: late}").replace(
+        "tp: 2", "tp: 1"
+    )
+    job = cluster.submit(spread, "pool=ray", "run.llama.steps=100000")
+    cluster.wait(job, lambda job: "1 of 1 nodes can be had, bench=faults, rack=late (late1)" in job["reason"])
+    ray.until(lambda: ray.demand() and ray.demand()[0]["bundles"] == [{ray.resource: 1.0}] * 2, "demand")
+    ray.add("late2", 1, bench="faults", rack="late")
+    told = cluster.wait_step(job, 3)
+    assert set(told["attempt"]["nodes"]) == {"late1", "late2"}
+    assert all("no longer idle" in ray.scale_down(node) for node in told["attempt"]["nodes"])
+    cluster.client.post(f"/jobs/{job}/cancel")
+    cluster.wait_state(job, "cancelled")
+    nothing_left(ray)
+
+    cluster.client.post("/nodes/late2/drain", {"reason": "its fans rattle"})
+    ray.until(lambda: not ray.nodes()["late2"], "Ray to end what was drained, once it is empty")
+    cluster.until(lambda: kinds(cluster, "ray node dead"), "its death to be told")
+    assert "AUTOSCALER_DRAIN_PREEMPTED" in kinds(cluster, "ray node dead")[-1]["text"]
+    ray.terminate("late1")
+
+    for code, state in (("0", "succeeded"), ("3", "failed")):
+        job = cluster.submit(ONE.format(code=code), "pool=ray")
+        cluster.wait_state(job, state)
+        said = [line["line"] for line in cluster.client.lines(f"/jobs/{job}/logs")]
+        assert f"leaves with {code}" in said
+        nothing_left(ray)
+
+
+def test_a_controller_may_be_an_actor(ray: RayCluster, tmp_path: Path) -> None:
+    """As deploy/ray has it: begun, killed and begun again by Ray, stopped; a job is done before and after."""
+    home = Home(path=tmp_path / "home")
+    terms = ["--ray-resource", ray.resource, "--ray-label", "bench=faults", "--ray-dir", str(home.nodes)]
+    assert as_actor(ray, str(home.path), "0", *terms) == "runs\n"
+
+    def up(than: int = 0) -> int:
+        running = running_controller(home)
+        if running is None or running.pid == than:
+            return 0
+        try:
+            service.client(running).get("/nodes")
+        except Unreachable:  # it is just coming up
+            return 0
+        return running.pid
+
+    def does_a_job() -> None:
+        running = running_controller(home)
+        assert running is not None
+        client = service.client(running)
+        spec = to_dict(load(ONE.format(code="0"), "test.yaml", ("pool=ray",), base_dir=home.path))
+        job = client.post("/jobs", {"spec": spec})["id"]
+        ray.until(lambda: client.get(f"/jobs/{job}")["state"] == "succeeded", "the job's end", 240.0)
+
+    try:
+        ray.until(up, "the controller", 240.0)
+        does_a_job()
+        killed = up()
+        os.kill(killed, signal.SIGKILL)
+        ray.until(lambda: up(killed), "Ray to begin it again", 240.0)
+        does_a_job()
+        last = psutil.Process(up())
+    finally:
+        assert as_actor(ray, str(home.path), "0", "stop") == "stopped\n"
+    last.wait(30)
+    ray.until(lambda: not ray.actors() and not ray.groups(), "nothing to be left")
+
+
+def as_actor(ray: RayCluster, *arguments: str) -> str:
+    command = [sys.executable, str(ACTOR), *arguments]
+    environment = {**os.environ, "RAY_ADDRESS": ray.address, "RAY_USAGE_STATS_ENABLED": "0"}
+    return subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True).stdout
+
+
 def test_what_a_controller_left_goes_with_its_last_agent(ray: RayCluster, tmp_path: Path) -> None:
-    """One that never comes back."""
+    """One that never comes back; and one that was suspended does nothing once another has taken over."""
     prefix = "keepstep/lost/"
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "keepstep.pools.ray.driver", ray.address, prefix],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    driver = started(ray, prefix, 1)
     assert driver.stdin is not None and driver.stdout is not None
     try:
         group = WantedGroup(
@@ -178,12 +259,32 @@ def test_what_a_controller_left_goes_with_its_last_agent(ray: RayCluster, tmp_pa
         driver.stdin.write(msgspec.json.encode(Wanted(groups=(group,), agents=agents)) + b"\n")
         driver.stdin.flush()
         ray.until(lambda: len(ray.actors()) == 2, "both actors")
+        newer = started(ray, prefix, 2)
+        assert newer.stdin is not None
+        try:
+            newer.stdin.write(msgspec.json.encode(Wanted(groups=(group,), agents=agents)) + b"\n")
+            newer.stdin.flush()
+            while not seen.problem:
+                seen = msgspec.json.decode(driver.stdout.readline(), type=Seen)
+            assert "a controller of term 2 has taken over from term 1" in seen.problem
+        finally:
+            ended(newer)
     finally:
-        driver.kill()
-        driver.wait(30)
-        driver.stdin.close()
-        driver.stdout.close()
+        ended(driver)
     nothing_left(ray)
+
+
+def started(ray: RayCluster, prefix: str, term: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "keepstep.pools.ray.driver", ray.address, prefix, str(term)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def ended(driver: "subprocess.Popen[bytes]") -> None:
+    driver.kill()
+    driver.wait(30)
+    for pipe in (driver.stdin, driver.stdout):
+        assert pipe is not None
+        pipe.close()
 
 
 def test_a_gang_outlives_controller_driver_actor_and_raylet(ray: RayCluster, cluster: Cluster) -> None:
@@ -225,7 +326,9 @@ def test_a_gang_outlives_controller_driver_actor_and_raylet(ray: RayCluster, clu
     assert "is whole in memory" in placed(cluster, job)
     assert cluster.incidents(job)[-1]["culprit"]["node"] == lost
     print(f"raylet killed, next step after {told['attempt']['first_step_at'] - killed_at:.1f} s")
-    cluster.until(lambda: kinds(cluster, "ray node dead"), "Ray's own word of it")
+    cluster.until(
+        lambda: "UNEXPECTED_TERMINATION" in newest(cluster, "ray node dead"), "Ray's own word of it"
+    )
 
     left = told["attempt"]["nodes"][0]
     number = told["attempt"]["number"]
@@ -246,16 +349,42 @@ def test_a_gang_outlives_controller_driver_actor_and_raylet(ray: RayCluster, clu
     nothing_left(ray)
 
 
-def test_without_its_head_the_gang_trains_on(ray: RayCluster, cluster: Cluster) -> None:
-    """The last test: there is no cluster after it."""
+def test_without_its_head_the_gang_trains_on_and_what_comes_back_is_told_apart(
+    ray: RayCluster, cluster: Cluster
+) -> None:
+    """With what it knew, it is the same cluster. Without, all of it is begun anew. The last test."""
     one = TINY.replace("nodes: 2", "nodes: 1").replace("dp: 2", "dp: 1")
     job = cluster.submit(one, "pool=ray", "run.llama.steps=100000")
     cluster.wait_step(job, 3)
+    actors, lost = ray.actors(), len(kinds(cluster, "ray lost"))
     ray.kill_head()
-    cluster.until(lambda: kinds(cluster, "ray lost"), "the timeline to say it")
+    cluster.until(lambda: len(kinds(cluster, "ray lost")) > lost, "the timeline to say it")
     assert "What runs goes on" in kinds(cluster, "ray lost")[-1]["text"]
+    cluster.wait_step(job, cluster.job(job)["progress"]["step"] + 3)
+    ray.restart_head()
+    cluster.until(lambda: "the same cluster: 1 agents" in newest(cluster, "ray back"), "it to be known again")
     told = cluster.wait_step(job, cluster.job(job)["progress"]["step"] + 3)
     assert told["attempt"]["number"] == 1
+    assert ray.actors() == actors
+
+    lost = len(kinds(cluster, "ray lost"))
+    ray.kill_head()
+    cluster.until(lambda: len(kinds(cluster, "ray lost")) > lost, "the second loss")
+    ray.restart_head(anew=True)
+    ray.add("new", 2, bench="faults")
+    cluster.until(lambda: "as another cluster" in newest(cluster, "ray back"), "it to be told apart")
+    told = cluster.wait_step(job, 5, attempt=2)
+    assert told["attempt"]["nodes"] == ["new"], cluster.story(job)
+    number = told["attempt"]["number"]
+    assert min(p["step"] for p in points(cluster, job) if p["attempt"] == number) > 1  # from what was stored
+    cluster.client.post(f"/jobs/{job}/cancel")
+    cluster.wait_state(job, "cancelled")
+    nothing_left(ray)
+
+
+def newest(cluster: Cluster, kind: str) -> str:
+    found = kinds(cluster, kind)
+    return str(found[-1]["text"]) if found else ""
 
 
 def ready(cluster: Cluster) -> int:

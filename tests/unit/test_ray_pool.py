@@ -17,7 +17,7 @@ async def never(node: Node) -> str:
 def made(clock: ManualClock) -> RayPool:
     terms = Terms(owner="me", resource="GPU", labels={})
     settings = RaySettings(address="head:6379", terms=terms, url="http://c:1", folder="/f")
-    return RayPool(settings=settings, clock=clock, log_file=Path("/nowhere"), issue=never)
+    return RayPool(settings=settings, clock=clock, log_file=Path("/nowhere"), issue=never, term=1)
 
 
 def node(name: str, identity: str, **more: object) -> RayNode:

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -27,10 +27,10 @@ from keepstep.control.health import Health
 from keepstep.control.loop import Controller
 from keepstep.control.repair import Command, Managed, Means, Repairs, Webhook
 from keepstep.control.requests import Principal, want
-from keepstep.core.clock import Clock, SystemClock
+from keepstep.core.clock import Clock, SystemClock, system_random
 from keepstep.core.errors import Fenced, InputError, KeepstepError
 from keepstep.core.home import Home, Running, announce, running_controller, start_ticks, withdraw
-from keepstep.core.ids import Node
+from keepstep.core.ids import Node, short
 from keepstep.core.states import JOB
 from keepstep.decide.plan import Policy
 from keepstep.decide.view import Wanted
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 _IDLE_LOOK_S = 5.0
 _CANCEL_WITHIN_S = 60.0
 _NAMES = "abcdefghijklmnopqrstuvwxyz"
+_IDENTITY = "identity"  # the store's key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class Settings:
     slots: int = 0  # of each; 0: as many as GPUs, else processors
     return_after_s: float = 30.0  # a lost local node's way back
     health_policy: Path | None = None  # over keepstep's own
-    ray: RaySettings | None = None  # a Ray cluster as a pool
+    ray: Callable[[str], RaySettings] | None = None  # a Ray cluster as a pool, by whose things are ours there
     idle_exit_s: float | None = None  # None: stays up without jobs and clients
 
 
@@ -77,7 +78,8 @@ def serve(settings: Settings) -> int:
         url = f"http://{settings.host}:{listener.getsockname()[1]}"
         pools = _pools(settings, clock, store, url)
         command = Command(settings.home.path / "repairs", clock)
-        ray = settings.ray.address if settings.ray else os.environ.get("RAY_ADDRESS") or "auto"
+        used = (pool.settings.address for pool in pools if isinstance(pool, RayPool))
+        ray = next(used, os.environ.get("RAY_ADDRESS") or "auto")
         ways: dict[str, Means] = {
             "command": command,
             "webhook": Webhook(clock),
@@ -225,10 +227,22 @@ def _pools(settings: Settings, clock: Clock, store: Store, url: str) -> list[Poo
     )
     pools: list[Pool] = [LocalPool(home=settings.home, clock=clock, settings=local), StaticPool()]
     if settings.ray is not None:
-        ray = settings.ray if settings.ray.url else replace(settings.ray, url=_reached_at(url))
+        ray = settings.ray(_identity(store))
+        ray = ray if ray.url else replace(ray, url=_reached_at(url))
         log_file = settings.home.path / "pool-ray.log"
-        pools.append(RayPool(settings=ray, clock=clock, log_file=log_file, issue=partial(_credential, store)))
+        issue = partial(_credential, store)
+        pools.append(RayPool(settings=ray, clock=clock, log_file=log_file, issue=issue, term=int(store.term)))
     return pools
+
+
+def _identity(store: Store) -> str:
+    """The store's own: whoever holds its lease, from whatever machine, finds what an earlier holder made."""
+    with store.transaction() as writer:
+        known = writer.meta(_IDENTITY)
+        if not known:
+            known = short(system_random(), 8)
+            writer.set_meta(_IDENTITY, known)
+    return known
 
 
 async def _credential(store: Store, node: Node) -> str:

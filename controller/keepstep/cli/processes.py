@@ -62,7 +62,7 @@ def controller(
             health_policy=Path(health_policy).absolute() if health_policy else None,
             idle_exit_s=idle_exit or None,
             return_after_s=return_after,
-            ray=asked.settings(where) if ray else None,
+            ray=asked.settings if ray else None,
         )
     )
     raise typer.Exit(code)

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keepstep.core.clock import system_random
 from keepstep.core.errors import InputError
-from keepstep.core.home import Home
-from keepstep.core.ids import short
 
 if TYPE_CHECKING:
     from keepstep.pools.ray.pool import RaySettings
@@ -94,25 +91,16 @@ class RayOptions:
         """The address, with what the environment says."""
         return os.environ.get("RAY_ADDRESS") or "auto" if self.address == "auto" else self.address
 
-    def settings(self, home: Home) -> "RaySettings":
+    def settings(self, owner: str) -> "RaySettings":
+        """`owner`: by what a controller knows its own in the cluster."""
         from keepstep.pools.ray.groups import Terms
         from keepstep.pools.ray.pool import RaySettings
 
         self.check()
         labels = {key: value for key, _, value in (label.partition("=") for label in self.labels)}
-        terms = Terms(owner=_owner(home), resource=self.resource, labels=labels)
-        folder = self.folder or f"/tmp/keepstep-ray/{terms.owner}"  # noqa: S108 - agents close theirs to others
+        terms = Terms(owner=owner, resource=self.resource, labels=labels)
+        folder = self.folder or f"/tmp/keepstep-ray/{owner}"  # noqa: S108 - agents close theirs to others
         return RaySettings(address=self.found, terms=terms, url=self.url, folder=folder)
 
 
 NO_RAY = RayOptions()
-
-
-def _owner(home: Home) -> str:
-    """By what a controller knows its own in the cluster: made once, kept beside its store."""
-    path = home.path / "pool-ray.id"
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        path.write_text(short(system_random(), 8) + "\n")
-        return path.read_text().strip()

@@ -6,7 +6,8 @@ from typing import Any
 from keepstep.control.book import Book, Entry
 from keepstep.control.fleet import Fleet, Member
 from keepstep.core.ids import Node
-from keepstep.core.states import WORKING, NodeState
+from keepstep.core.states import WORKING, LifeState, NodeState
+from keepstep.decide.life import KEEPSTEP
 from keepstep.pools.pool import Asked, Known, Pool, Told, Want
 from keepstep.store import Writer
 from keepstep.store.rows import NewEvent
@@ -42,12 +43,12 @@ class Supply:
         ]
         entries.sort(key=lambda entry: (-entry.spec.priority, entry.job.number))
         wants = (_want(entry) for entry in entries)
-        members = self._fleet.members.values()
-        cordoned = frozenset(m.name for m in members if m.pool == pool.name and m.life not in WORKING)
+        members = [member for member in self._fleet.members.values() if member.pool == pool.name]
         return Asked(
             connected=self._connected,
             wants=tuple(want for want in wants if want is not None),
-            cordoned=cordoned,
+            cordoned=frozenset(member.name for member in members if member.life not in WORKING),
+            drained={member.name: member.life_why for member in members if _for_good(member)},
         )
 
     async def _take(self, pool: Pool, told: Told) -> None:
@@ -66,6 +67,13 @@ class Supply:
         for known in told.nodes:
             member = members[known.name]
             member.leaves, member.leaves_in_s = known.leaves, known.leaves_in_s
+
+
+def _for_good(member: Member) -> bool:
+    """A person drains it, or no repair has helped. What else it takes out may come back."""
+    by_person = member.life_by not in {KEEPSTEP, f"pool {member.pool}"}
+    drained = member.life in {LifeState.DRAINING, LifeState.QUARANTINED}
+    return member.life is LifeState.REPLACE or (drained and by_person)
 
 
 def _note(writer: Writer, pool: str, new: Iterable[Known], told: Told) -> None:

@@ -31,6 +31,7 @@ class Asked:
     connected: Callable[[Node], bool]
     wants: tuple[Want, ...] = ()  # by priority, then age
     cordoned: Set[Node] = frozenset()
+    drained: Mapping[Node, str] = field(default_factory=dict)  # for good, and why: others may leave them, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,14 +22,17 @@ _CLOCK = SystemClock()
 _LOOK_S = 0.5
 
 
-def drained(node: str, reason: str, within_s: float) -> str:
-    """Ask for it; why it is refused, or "". Where Ray's control service can be reached: on a node of it."""
+def drain(node: str, why: str, within_s: float | None = None) -> str:
+    """Ask Ray for it; why it is refused, or "". Inside the cluster only, near its GCS.
+
+    `within_s`: None is no deadline.
+    """
     from ray.core.generated import autoscaler_pb2
 
-    why = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     client = ray._private.worker.global_worker.gcs_client
-    deadline_ms = int((_CLOCK.wall() + within_s) * 1000)  # clocks of a cluster agree
-    accepted, problem = client.drain_node(node, why, reason, deadline_ms)
+    deadline_ms = int((_CLOCK.wall() + within_s) * 1000) if within_s else 0  # clocks of a cluster agree
+    accepted, problem = client.drain_node(node, reason, why, deadline_ms)
     return "" if accepted else str(problem)
 
 
@@ -52,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     if identity is None:
         _say(f"Ray has no living node {asked.node}")
         return 0  # there is nothing to drain: it is gone
-    ask = ray.remote(num_cpus=0)(drained) if asked.address.startswith("ray://") else None
+    ask = ray.remote(num_cpus=0)(drain) if asked.address.startswith("ray://") else None
     given = identity, f"{asked.reason} ({asked.key})", asked.within
-    refused = ray.get(ask.remote(*given), timeout=asked.within) if ask else drained(*given)
+    refused = ray.get(ask.remote(*given), timeout=asked.within) if ask else drain(*given)
     if refused:
         _say(f"Ray does not drain {asked.node}: {refused}")
         return 1

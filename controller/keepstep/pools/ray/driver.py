@@ -1,23 +1,28 @@
-"""The process that has Ray: `python -m keepstep.pools.ray.driver ADDRESS PREFIX`.
+"""The process that has Ray: `python -m keepstep.pools.ray.driver ADDRESS PREFIX TERM`.
 
 It says on its standard output what it sees of the cluster, takes from its standard input what there should
 be, and makes and removes until both agree. It decides nothing. It may die at any time: everything it made is
-detached and found again by name. It ends with its controller, when its standard input closes.
+detached and found again by name. It ends with its controller, when its standard input closes; and where that
+was suspended and another has taken over meanwhile, before it touches anything: the cluster keeps the term.
 
 A client of a cluster (`ray://`) is told less than a driver inside, so there an actor of its own looks.
 """
 
 import contextlib
+import logging
 import os
 import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 import ray
+from ray.core.generated.common_pb2 import NodeDeathInfo
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util import get_placement_group
 from ray.util.placement_group import (
     placement_group,
@@ -27,21 +32,27 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keepstep.core.clock import SystemClock
+from keepstep.pools.ray.drain import drain
 from keepstep.pools.ray.keeper import Keeper
 from keepstep.pools.ray.words import NAMESPACE, Actor, Group, RayNode, Seen, Wanted, WantedAgent, WantedGroup
+
+log = logging.getLogger(__name__)
 
 _CLOCK = SystemClock()
 _TICK_S = 0.25
 _BEAT_S = 1.0
 _AGAIN_S = 2.0  # an actor that dies is not started more often
+_DRAIN_AGAIN_S = 30.0  # a node that Ray did not drain is not asked for more often
 _LEAVE_WITHIN_S = 25.0
 _ANSWER_WITHIN_S = 10.0
-_UNEXPECTED = "UNEXPECTED_TERMINATION"
+# Words for deaths that a raylet announced itself. A node whose drain was due and that fell silent is called
+# preempted, too: that is no evidence that its processes ended.
+_ORDERLY = {"EXPECTED_TERMINATION", "AUTOSCALER_DRAIN_IDLE"}
 _NATIVE = {"CPU": "num_cpus", "GPU": "num_gpus"}
 
 
-class Eye:
-    """Looks at the cluster from inside of it."""
+class Inside:
+    """Looks at the cluster from inside of it, and asks what only a driver inside may ask."""
 
     def look(self, prefix: str) -> Seen:
         from ray._private.state import state
@@ -65,11 +76,15 @@ class Eye:
             failures={row["Name"]: why for row in rows if (why := _failure(row))},
         )
 
+    def drain(self, node: str, why: str) -> str:
+        return drain(node, why)
+
 
 def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any]) -> RayNode:
     identity = row["NodeID"]
     drains_in_s = None
     draining = identity in drained and row["Alive"]
+    died = NodeDeathInfo.Reason.Name(row.get("DeathReason") or 0)
     if draining and drained[identity] > 0:  # Ray says it in wall time only: clocks of a cluster agree
         drains_in_s = max(0.0, round(drained[identity] / 1000 - _CLOCK.wall(), 1))
     return RayNode(
@@ -80,8 +95,8 @@ def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any
         total=row["Resources"],
         available=available.get(identity, {}),
         labels=row.get("Labels") or {},
-        death="" if row["Alive"] else f"{row.get('DeathReason')}: {row.get('DeathReasonMessage')}",
-        orderly=not row["Alive"] and _UNEXPECTED not in str(row.get("DeathReason")),
+        death="" if row["Alive"] else f"{died}: {row.get('DeathReasonMessage')}",
+        orderly=not row["Alive"] and died in _ORDERLY,
         draining=draining,
         drains_in_s=drains_in_s,
     )
@@ -106,11 +121,20 @@ def _group(row: dict[str, Any]) -> Group | None:
 
 
 class Driver:
-    def __init__(self, prefix: str, say: Callable[[Seen], None], look: Callable[[], Seen]) -> None:
-        self._prefix, self._say, self._look = prefix, say, look
+    def __init__(
+        self,
+        prefix: str,
+        say: Callable[[Seen], None],
+        look: Callable[[], Seen],
+        drain: Callable[[str, str], str],
+        term: int,
+    ) -> None:
+        self._prefix, self._say, self._look, self._drain = prefix, say, look, drain
+        self._term = term
         self._leaving: dict[str, float] = {}  # actors that were told to go, and since when
         self._renewed: dict[str, int] = {}
         self._started: dict[str, float] = {}
+        self._drained: dict[str, float] = {}
         self._said, self._said_at = Seen(), 0.0
 
     def turn(self, wanted: Wanted | None) -> None:
@@ -120,8 +144,10 @@ class Driver:
             self._said, self._said_at = seen, now
             self._say(seen)
         if wanted is not None:
+            _fence(self._prefix, self._term)
             self._remove(wanted, seen, now)
             self._make(wanted, seen, now)
+            self._ask_to_drain(wanted, seen, now)
 
     def _remove(self, wanted: Wanted, seen: Seen, now: float) -> None:
         groups = {group.name for group in wanted.groups}
@@ -160,6 +186,27 @@ class Driver:
             elif agent.renewed > self._renewed.get(agent.actor, 0):
                 _call(agent.actor, "renew", agent.endpoint)
                 self._renewed[agent.actor] = agent.renewed
+
+    def _ask_to_drain(self, wanted: Wanted, seen: Seen, now: float) -> None:
+        for node in seen.nodes:
+            why = wanted.drains.get(node.id)
+            early = now - self._drained.get(node.id, -_DRAIN_AGAIN_S) < _DRAIN_AGAIN_S
+            if why is None or early or node.draining or not node.alive:
+                continue
+            self._drained[node.id] = now
+            problem = self._drain(node.id, why)
+            if problem:
+                log.warning("Ray does not drain %s: %s", node.name, problem)
+
+
+def _fence(prefix: str, term: int) -> None:
+    """Errors: RuntimeError where a controller of a newer term has been here."""
+    key = f"{prefix}term"
+    newest = int(_internal_kv_get(key, namespace=NAMESPACE) or 0)
+    if newest > term:
+        raise RuntimeError(f"a controller of term {newest} has taken over from term {term}")
+    if newest < term:
+        _internal_kv_put(key, str(term), namespace=NAMESPACE)
 
 
 def _ask_for(group: WantedGroup) -> None:
@@ -234,7 +281,7 @@ def connect(address: str) -> None:
 
 
 def main() -> None:
-    address, prefix = sys.argv[1:3]
+    address, prefix, term = sys.argv[1], sys.argv[2], int(sys.argv[3])
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever Ray prints goes to the log
 
@@ -245,10 +292,14 @@ def main() -> None:
     try:
         connect(address)
         if ray.util.client.ray.is_connected():
-            eye = ray.remote(Eye).options(num_cpus=0).remote()
-            driver = Driver(prefix, say, lambda: ray.get(eye.look.remote(prefix), timeout=_ANSWER_WITHIN_S))
+            there = ray.remote(Inside).options(num_cpus=0).remote()
+
+            def ask(method: Any, *arguments: str) -> Any:
+                return ray.get(method.remote(*arguments), timeout=_ANSWER_WITHIN_S)
+
+            driver = Driver(prefix, say, partial(ask, there.look, prefix), partial(ask, there.drain), term)
         else:
-            driver = Driver(prefix, say, lambda: Eye().look(prefix))
+            driver = Driver(prefix, say, partial(Inside().look, prefix), Inside().drain, term)
         while True:
             driver.turn(ear.wanted)
             ear.news.wait(_TICK_S)

@@ -8,11 +8,13 @@ the agent is a grandchild.)
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from keepstep.core.clock import SystemClock
@@ -97,8 +99,9 @@ class Keeper:
 
     def _mind(self) -> None:
         asked_at = 0.0
+        rest = _until_gone(self._raylet)
         while True:
-            time.sleep(_LOOK_S)
+            rest()
             now = _CLOCK.monotonic()
             if self._leaving or os.getppid() != self._raylet:
                 self._go()
@@ -141,3 +144,14 @@ class Keeper:
                 remove_placement_group(get_placement_group(self._group))
         except (ray.exceptions.RayError, ValueError):
             return  # one of them is going at this moment: asked again
+
+
+def _until_gone(pid: int) -> Callable[[], object]:
+    """Waits for `_LOOK_S`, and no longer than the process lives."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:  # it is gone already, or the kernel is too old
+        return lambda: time.sleep(_LOOK_S)
+    watch = select.poll()
+    watch.register(process, select.POLLIN)
+    return lambda: watch.poll(_LOOK_S * 1000)

@@ -56,6 +56,7 @@ class RayPool:
     clock: Clock
     log_file: Path  # the driver's
     issue: Callable[[Node], Awaitable[str]]  # a credential of one node's own
+    term: int  # the controller's: what it orders is refused once a newer one has been there
     name: str = "ray"
     _driver: asyncio.subprocess.Process | None = None
     _reading: asyncio.Task[None] | None = None
@@ -126,8 +127,8 @@ class RayPool:
         try:
             self._driver = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "keepstep.pools.ray.driver", self.settings.address,
-                self.settings.terms.prefix, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=log_file, limit=_LINE_BYTES_MAX,
+                self.settings.terms.prefix, str(self.term), stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE, stderr=log_file, limit=_LINE_BYTES_MAX,
                 env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
             )  # fmt: skip
         finally:
@@ -208,7 +209,9 @@ class RayPool:
         alive = {agent.actor for agent in agents}
         for actor in set(self._credentials) - alive:
             del self._credentials[actor]
-        self._say(Wanted(groups=wanted.groups, agents=agents))
+        named = self._named().items()
+        drains = {identity: asked.drained[name] for identity, name in named if name in asked.drained}
+        self._say(Wanted(groups=wanted.groups, agents=agents, drains=drains))
 
     def _say(self, wanted: Wanted) -> None:
         line = msgspec.json.encode(wanted) + b"\n"

@@ -73,3 +73,4 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     groups: tuple[WantedGroup, ...] = ()
     agents: tuple[WantedAgent, ...] = ()
+    drains: dict[str, str] = {}  # Ray's ids of nodes that Ray is to drain, with why
