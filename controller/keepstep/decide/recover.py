@@ -155,7 +155,7 @@ def _stored(job: JobView, memory: RestorePoint) -> RestorePoint:
         point = RestorePoint(at=None, reason=f"{point.reason}, but its script has come further since")
     if memory.at is not None and memory.at.step > (point.at.step if point.at else 0):
         return memory
-    if job.kept and memory.at is None:
+    if job.kept:  # also an older state of it: whoever expected memory to serve finds why it did not
         return replace(point, reason=f"{point.reason}; {memory.reason}")
     return point
 
