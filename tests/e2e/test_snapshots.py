@@ -52,7 +52,7 @@ def replayed(cluster: Cluster, job: str) -> list[int]:
 
 
 def assert_equal(cluster: Cluster, job: str, curve: dict[int, float]) -> None:
-    """Bitwise, wherever both have a point: one that died with its node is lost, a job may run past the curve."""
+    """Bitwise, wherever both have a point: one may die with its node, and a job may run past the curve."""
     both = curve.keys() & (mine := cluster.losses(job)).keys()
     assert both
     assert {step: mine[step] for step in both if mine[step] != curve[step]} == {}
