@@ -4,6 +4,7 @@ Ray prints errors of its own when nodes are killed and starts threads that never
 better without it. Whatever happens, the processes that it started are ended by their ids.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -103,11 +104,11 @@ class RayCluster:
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_ANSWER_WITHIN_S)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):  # what is left is of a node that did not come up
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(10)
+        self._process.wait(10)
         self._process.stdout.close()
         self._log.close()
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster import Cluster
-from e2e.test_hung import PAIR, faulty, recovered
+from e2e.test_hung import PAIR, TRIO, faulty, recovered
 
 Start = Callable[..., Cluster]
 PROVED = 50  # the state is proved each so many steps
@@ -21,6 +21,15 @@ def test_a_flipped_bit_names_its_rank(start: Start, where: str) -> None:
     assert told[where] in incident["evidence"]["what"]
     restored = cluster.job(job)["attempt"]["parent"]["step"]
     assert restored < PROVED, "what came after the last proof is not to be trusted"
+
+
+def test_a_replica_that_received_something_else_is_named(start: Start) -> None:
+    """No state changes between two updates: one of three has other weights than its peers from the start."""
+    cluster = start(nodes=1, slots=3)
+    incident = recovered(cluster, job := faulty(cluster, f"flip received:1:{PROVED - 1}", TRIO))
+    assert (incident["verdict"], incident["culprit"]["rank"]) == ("lying", 1), incident
+    assert "differ from those of the other replicas" in incident["evidence"]["what"]
+    assert cluster.job(job)["attempt"]["parent"]["step"] < PROVED
 
 
 def test_a_batch_that_gives_nothing_finite_is_left_out(start: Start) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster, Json
+from e2e.test_hung import TRIO, faulty
 from specs import CUBE, TINY
 
 KILLS = int(os.environ.get("KEEPSTEP_TEST_KILLS", "15"))
@@ -249,6 +250,20 @@ def test_a_suspended_script_comes_back_from_what_was_stored_of_its_memory(start:
     logs = cluster.home.nodes.glob(f"*/jobs/{job}/2/rank-0.log")
     began = [line for log in logs for line in log.read_text().splitlines() if line.startswith("goes on")]
     assert began == [f"goes on from {told['attempt']['restore']['step']}"]
+
+
+def test_a_corrupt_state_without_a_copy_gives_way_to_the_one_before(start: Start) -> None:
+    """A bit of the newest flips in memory, and its rank dies; there is no buddy that could have a copy."""
+    cluster = start(nodes=1, slots=3)
+    job = faulty(cluster, "flip kept:1:20", TRIO.replace("every: 5 steps", "every: 1000 steps"))
+    told = cluster.wait_state(job, "succeeded", "failed")
+    assert told["state"] == "succeeded", cluster.story(job)
+    assert from_memory(told["attempt"]), cluster.story(job)
+    assert told["attempt"]["restore"]["step"] in {18, 19}, cluster.story(job)
+    assert "is not in memory any more" in cluster.story(job)
+    undisturbed = cluster.submit(TRIO)
+    cluster.wait_state(undisturbed, "succeeded")
+    assert_equal(cluster, job, cluster.losses(undisturbed))
 
 
 def test_never_means_never(start: Start) -> None:

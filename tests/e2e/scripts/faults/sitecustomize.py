@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -71,6 +72,13 @@ def falsify(trainer: Any, kind: str) -> None:
             next_batch(trainer, lambda _: threading.Event().wait())
         case "flip weights" | "flip owned" | "flip moment":
             flip(getattr(trainer.state, FLIPPED[kind]))
+        case "flip received":
+            receive_wrongly(trainer)
+        case "flip kept":
+            slots = trainer.kept.slots
+            newest = max(stamp for stamp in slots._stamps if stamp is not None)
+            slots.payload(slots._stamps.index(newest))[12345] ^= 1
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def flip(part: Any) -> None:
@@ -78,6 +86,18 @@ def flip(part: Any) -> None:
     import torch
 
     part.view(torch.int32)[11] ^= 1 << 20
+
+
+def receive_wrongly(trainer: Any) -> None:
+    """Of the next update: what was gathered is not what its owners have sent."""
+    seal = trainer.parity.seal
+
+    def late() -> None:
+        trainer.parity.seal = seal
+        flip(trainer.state.weights)
+        seal()
+
+    trainer.parity.seal = late
 
 
 def next_batch(trainer: Any, change: Callable[[Any], Any]) -> None:
@@ -127,6 +147,7 @@ def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
         if kind == "zeros" and named_here and since == ROTTEN:
             kind, lasts = "zeros end", ROTTEN + 1
         due = named_here or kind in ("nan", "zeros")
+        self.kept = named["gate"].__self__  # its snapshots
         if rank in (os.environ.get("RANK"), "all") and due and 0 <= since < lasts:
             disturb(self, kind)
         return step(self, *arguments, **named)
