@@ -101,8 +101,8 @@ $(VENV)/.ray: $(VENV)/.peers requirements/ray.txt
 	$(UV) pip install --quiet --no-deps --require-hashes -r requirements/ray.txt
 	@touch $@
 
-# NVIDIA's launcher, which tests/bench/nvrx.py measures: wheels for CPython 3.10 to 3.12 alone. In an environment
-# of its own that sees ours, since one of the packages it needs makes PyTorch warn whenever it is imported.
+# NVIDIA's launcher, beside which tests/bench/recovery.py measures: wheels for CPython 3.10 to 3.12 alone. In an
+# environment of its own that sees ours, since a package that it needs makes PyTorch warn whenever it is imported.
 $(VENV)/.nvrx: $(VENV)/.installed requirements/nvrx.txt
 	$(BIN)/python -m venv --without-pip $(VENV)/nvrx
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > "$$(ls -d $(VENV)/nvrx/lib/python*/site-packages)/ours.pth"

@@ -1,4 +1,4 @@
-"""From a fault to the next completed step, beside torchrun in the same run.
+"""From a fault to the next completed step, beside torchrun and NVIDIA's NVRx in the same run.
 
     .venv/bin/python tests/bench/recovery.py [--times N] [--only NAME ...]
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -183,27 +184,39 @@ class KeepstepPair:
         self.cluster.wait_state(job, "cancelled")
 
 
-def torchrun(name: str, folder: Path, figures: Figures) -> None:
-    """The same script and fault; the time-outs that make it quickest (see the module's figures)."""
+# Each is told to be as quick as its options go for steps of this length.
+TORCHRUN = (
+    str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2", "--max-restarts=3",
+)  # fmt: skip
+# A heartbeat of each rank after each step, missed after two seconds, looked for twice a second. It lives in
+# an environment of its own (make .venv/.nvrx; CPython 3.10 to 3.12).
+NVRX = (
+    str(Path(sys.prefix) / "nvrx" / "bin" / "python"), "-m", "nvidia_resiliency_ext.fault_tolerance.launcher",
+    "--nnodes=1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
+    "--max-restarts=3", "--ft-initial-rank-heartbeat-timeout=60", "--ft-rank-heartbeat-timeout=2",
+    "--ft-workload-check-interval=0.5", "--workers-stop-timeout=1",  # of 30 s, before it kills what is left
+)  # fmt: skip
+PEERS = {"torchrun": TORCHRUN, "nvrx": NVRX}
+
+
+def peer(who: str, fault: str, folder: Path, figures: Figures) -> None:
+    """The same script and fault under somebody else's launcher."""
     folder.mkdir()
     steps = Steps(folder)
-    env = {
-        **os.environ,
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "PAIR_TIMEOUT_S": "600" if name == "kill_2" else "5",
-    }
-    command = [
-        str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2",
-        "--max-restarts=3", str(SCRIPT), str(FOR_EVER), str(folder),
-    ]  # fmt: skip
+    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if who == "torchrun":  # which sees a stopped rank by what its collectives say
+        env["PAIR_TIMEOUT_S"] = "600" if fault == "kill_2" else "5"
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*PEERS[who], str(SCRIPT), str(FOR_EVER), str(folder)],
+            env=env, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
     try:
         pids = steps.steady()
         at = time.monotonic()
-        FAULTS[name](pids, folder)
+        FAULTS[fault](pids, folder)
         seconds, _ = steps.next_after(at, set(pids.values()))
-        figures.add(f"{name}_torchrun_s", seconds)
+        figures.add(f"{fault}_{who}_s", seconds)
     finally:
         family = processes.descendants(process.pid, processes.table())  # workers have sessions of their own
         process.kill()
@@ -305,8 +318,8 @@ def main() -> None:
                 for fault in filter(wanted, FAULTS):
                     for number in range(chosen.times):
                         pair.fault(fault, figures)
-                        if wanted("torchrun") and (fault == "kill_2" or (fault == "stop_2" and number == 0)):
-                            torchrun(fault, folder / f"torchrun-{fault}-{number}", figures)
+                        for who in filter(wanted, beside(fault, number)):
+                            peer(who, fault, folder / f"{who}-{fault}-{number}", figures)
             finally:
                 pair.cluster.close()
         if wanted("kill_8") or wanted("node_killed"):
@@ -325,17 +338,27 @@ def main() -> None:
     report(figures, chosen.times)
 
 
+def beside(fault: str, number: int) -> Iterable[str]:
+    """The peers that are measured after a fault; torchrun takes 45 s to notice a stopped rank."""
+    if fault == "kill_2" or (fault == "stop_2" and number == 0):
+        yield "torchrun"
+    if fault == "stop_2" and Path(NVRX[0]).exists():
+        yield "nvrx"
+
+
 def report(figures: Figures, times: int) -> None:
     import torch
 
     medians = figures.medians()
-    if "kill_2_torchrun_s" in medians and "kill_2_s" in medians:
-        medians["kill_2_vs_torchrun"] = medians["kill_2_torchrun_s"] / medians["kill_2_s"]
+    for fault, who in product(FAULTS, PEERS):
+        if f"{fault}_{who}_s" in medians and f"{fault}_s" in medians:
+            medians[f"{fault}_vs_{who}"] = medians[f"{fault}_{who}_s"] / medians[f"{fault}_s"]
     if figures.replayed:
         medians["steps_replayed_max"] = max(figures.replayed)
     context = {
         "times": times, "cores": os.cpu_count(), "torch": torch.__version__,
         "load_1min": round(os.getloadavg()[0], 1), "node_silent": missing() or "in network namespaces",
+        "nvrx": "0.4.1" if Path(NVRX[0]).exists() else "not installed: make .venv/.nvrx",
     }  # fmt: skip
     rounded = {name: round(value, 3) for name, value in sorted(medians.items())}
     print(json.dumps({"bench": "recovery", "figures": rounded, "context": context}))
