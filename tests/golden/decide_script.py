@@ -15,6 +15,7 @@ the question above it, written by `pytest --golden-rewrite` and read by a person
     part NODE PHASE [alive= master= reason= unheard]         its ranks follow the phase
     rank N running|waiting|exited [exit= signal= age= order= step= in= doing= error=]
            [trouble= after=STEP] [pace=STEP/OWN/DATA/WAITED/STARVED[/GARBAGE[/LEAST WAITED]]]
+           [gpu=INDEX:MHZ[:LANESxGENERATION[:REASON+REASON]]]
            [process= held= still= wait=GROUP:SEQUENCE|rank:N]       as its agent found it
     losses STEP LOSS*TIMES ...      of the steps from there on
     told "SIGNATURE"=AGE ...        what was found in this attempt, and how long ago
@@ -79,6 +80,7 @@ from keepstep.decide.view import (
     Examined,
     Failure,
     Finding,
+    Gpu,
     Inventory,
     JobView,
     Kept,
@@ -565,10 +567,22 @@ _RANK: dict[str, tuple[str, Callable[[str], Any]]] = {
     "still": ("still_s", float),
     "counter": ("counter", int),
     "pace": ("pace", lambda text: Pace(**dict(zip(_PACE, map(float, text.split("/")), strict=False)))),
+    "gpu": ("gpu", lambda text: _gpu(*text.split(":"))),
     "trouble": ("trouble", str),
     "after": ("trouble_step", int),
     "error": ("error", str),
 }
+
+
+def _gpu(index: str, clock: str, link: str = "", throttled: str = "") -> Gpu:
+    lanes, _, generation = link.partition("x")
+    return Gpu(
+        index=int(index),
+        clock_mhz=int(clock),
+        lanes=int(lanes) if lanes else None,
+        generation=int(generation) if generation else None,
+        throttled=tuple(filter(None, throttled.split("+"))),
+    )
 
 
 def told(change: p.JobChange) -> list[str]:

@@ -11,6 +11,7 @@ from keepstep.core.ids import Attempt, JobId, Node, Rank, Step
 from keepstep.core.states import AttemptState, JobState, NodeState
 from keepstep.decide.view import (
     AttemptView,
+    Gpu,
     JobView,
     Kept,
     NodeView,
@@ -23,7 +24,9 @@ from keepstep.decide.view import (
 )
 from keepstep.store.rows import AttemptRow
 from keepstep.wire import messages as wire
+from keepstep.wire.health import GpuSample
 
+_GPU_AGE_MAX_S = 10.0  # an older sample says nothing of now
 ASKED_WITHIN_S = 5.0  # for a spare to say what it holds, once the gang is dead
 
 
@@ -131,6 +134,7 @@ def _part(node: Node, row: AttemptRow, fleet: Fleet, paces: Paces) -> PartView:
     if member is None or heard is None:
         return PartView(node=node)
     status = heard.status
+    gpus = {sample.uuid: sample for sample in member.health.gpus} if member.health else {}
     return PartView(
         node=node,
         phase=_known(PartPhase, status.phase, PartPhase.UNKNOWN),
@@ -138,11 +142,13 @@ def _part(node: Node, row: AttemptRow, fleet: Fleet, paces: Paces) -> PartView:
         reason=status.reason,
         alive=status.alive,
         master=status.master,
-        ranks=tuple(_rank(rank, heard, fleet, paces) for rank in status.ranks),
+        ranks=tuple(_rank(rank, heard, fleet, paces, gpus.get(rank.gpu)) for rank in status.ranks),
     )
 
 
-def _rank(status: wire.RankStatus, heard: Heard, fleet: Fleet, paces: Paces) -> RankView:
+def _rank(
+    status: wire.RankStatus, heard: Heard, fleet: Fleet, paces: Paces, gpu: GpuSample | None
+) -> RankView:
     since = fleet.time.age(heard.at)
     return RankView(
         rank=Rank(status.rank),
@@ -170,8 +176,19 @@ def _rank(status: wire.RankStatus, heard: Heard, fleet: Fleet, paces: Paces) -> 
         batches=status.batches,
         wait_s=status.wait_s,
         pace=paces.of(status.rank),
+        gpu=None if gpu is None or gpu.age_s > _GPU_AGE_MAX_S else _gpu(gpu),
         trouble=status.trouble,
         trouble_step=status.trouble_step,
+    )
+
+
+def _gpu(sample: GpuSample) -> Gpu:
+    return Gpu(
+        index=sample.index,
+        throttled=sample.throttled,
+        clock_mhz=sample.sm_clock_mhz,
+        lanes=sample.pcie_width,
+        generation=sample.pcie_generation,
     )
 
 

@@ -8,7 +8,7 @@ same stage and tensor shard in other replicas; where there are none, the ranks o
     data     the time in the data phase stands out, more than computing; or all ranks wait for their data
     node     several ranks of one node stand out and none elsewhere, or the kernel let the rank wait for a
              processor for most of what it loses
-    rank     one rank stands out, with no such excuse
+    rank     one rank stands out, with no such excuse; where its GPU's driver knows why, that is said
     stage    every rank of one pipeline stage takes longer than those of the others: the cut is uneven
     link     nobody stands out, and yet most of the step is waiting, or much more of it than in this gang's
              best moments; and the kernels' round trips say between which nodes
@@ -26,10 +26,11 @@ from keepstep.core.ids import Node, Rank
 from keepstep.core.layout import Layout
 from keepstep.core.states import AttemptState
 from keepstep.decide import links
+from keepstep.decide.hindrance import hindrance
 from keepstep.decide.hung import Suspicion
 from keepstep.decide.plan import Policy, Verdict
 from keepstep.decide.price import warm_start_s
-from keepstep.decide.view import AttemptView, JobView, Pace, RankPhase, RankView
+from keepstep.decide.view import AttemptView, Gpu, JobView, Pace, RankPhase, RankView
 
 _STANDS_OUT = 1.3  # times its peers' median ...
 _LOSS_MIN_S = 0.002  # ... and by so much a step at least
@@ -58,8 +59,9 @@ def slow(job: JobView, attempt: AttemptView, policy: Policy) -> Verdict | Suspic
     if len(paces) < attempt.layout.world_size or len(paces) < 2:
         return None
     nodes = {one.rank: part.node for part in attempt.parts for one in part.ranks}
+    gpus = {rank: one.gpu for rank, one in ranks.items() if one.gpu is not None}
     found: _Slow | Suspicion | None = (
-        _of_one(paces, attempt.layout, nodes) or _of_all(paces) or _stage(paces, attempt.layout)
+        _of_one(paces, attempt.layout, nodes, gpus) or _of_all(paces) or _stage(paces, attempt.layout)
     )
     if found is None:
         found = _network(job, attempt, paces, nodes, policy)
@@ -98,7 +100,9 @@ def worth_a_swap(job: JobView, attempt: AttemptView, verdict: Verdict, policy: P
 Paces = Mapping[Rank, Pace]
 
 
-def _of_one(paces: Paces, layout: Layout, nodes: Mapping[Rank, Node]) -> _Slow | None:
+def _of_one(
+    paces: Paces, layout: Layout, nodes: Mapping[Rank, Node], gpus: Mapping[Rank, Gpu]
+) -> _Slow | None:
     """A rank, or a node, that its peers wait for: by whatever it loses most."""
     data = _outstanding(paces, layout, lambda one: one.data_s)
     own = _outstanding(paces, layout, lambda one: one.own_s)
@@ -114,11 +118,15 @@ def _of_one(paces: Paces, layout: Layout, nodes: Mapping[Rank, Node]) -> _Slow |
         rank, lost_s = max(data, key=lambda each: each[1])
         why = f"rank {rank} waits {lost_s * 1e3:.0f} ms a step longer for its data than its peers"
         return _Slow(cause="data", ranks=(rank,), lost_s=lost_s, confidence=0.9, why=why)
-    return _computing(own, paces, layout, nodes)
+    return _computing(own, paces, layout, nodes, gpus)
 
 
 def _computing(
-    out: Sequence[tuple[Rank, float]], paces: Paces, layout: Layout, nodes: Mapping[Rank, Node]
+    out: Sequence[tuple[Rank, float]],
+    paces: Paces,
+    layout: Layout,
+    nodes: Mapping[Rank, Node],
+    gpus: Mapping[Rank, Gpu],
 ) -> _Slow | None:
     if not out:
         return None
@@ -131,13 +139,16 @@ def _computing(
         lost = f"{lost_s * 1e3:.0f} ms a step"
         why = f"rank {worst} on {node} loses {lost} waiting for a processor that others use"
         return _Slow(cause="node", ranks=(worst,), lost_s=lost_s, confidence=0.9, why=why)
+    held = hindrance(worst, gpus)
+    because = f"; {held}" if held else ""
     if len(slow_ranks) > 1 and len(where) == 1:
-        why = f"all that is slow is on {node}: ranks {', '.join(map(str, slow_ranks))}"
+        why = f"all that is slow is on {node}: ranks {', '.join(map(str, slow_ranks))}{because}"
         return _Slow(cause="node", ranks=slow_ranks, lost_s=lost_s, confidence=0.9, why=why)
     if len(slow_ranks) > 1:
         return None  # slow here and there: noise, or a job that is uneven by itself
-    why = f"rank {worst} on {node} computes {lost_s * 1e3:.0f} ms a step longer than its peers"
-    return _Slow(cause="rank", ranks=(worst,), lost_s=lost_s, confidence=0.8, why=why)
+    why = f"rank {worst} on {node} computes {lost_s * 1e3:.0f} ms a step longer than its peers{because}"
+    sure = 0.95 if held else 0.8
+    return _Slow(cause="rank", ranks=(worst,), lost_s=lost_s, confidence=sure, why=why)
 
 
 def _of_all(paces: Paces) -> _Slow | None:

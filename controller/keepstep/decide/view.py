@@ -84,6 +84,17 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """What its driver says of the GPU that a rank computes on. None: it does not say."""
+
+    index: int
+    throttled: tuple[str, ...] = ()  # thermal | power | hardware | other
+    clock_mhz: int | None = None
+    lanes: int | None = None  # of its PCIe link ...
+    generation: int | None = None  # ... and their speed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankView:
     rank: Rank
     phase: RankPhase = RankPhase.UNKNOWN
@@ -112,6 +123,7 @@ class RankView:
     trouble: str = ""  # numbers of it that cannot be true: core.beacon.Trouble
     trouble_step: int = -1
     pace: Pace | None = None  # None: too few steps yet
+    gpu: Gpu | None = None  # None: it has none, or nothing is known of it
 
     @property
     def failed(self) -> bool:
