@@ -20,6 +20,7 @@ from cluster import Cluster
 from keepstep.cli.client import Client
 from keepstep.core.errors import NotFound, Unauthorized
 from keepstep.wire import messages as wire
+from scraping import complaints, missing, scraping
 from specs import TINY
 
 
@@ -221,6 +222,19 @@ def test_what_prometheus_scrapes(cluster: Cluster) -> None:
     status, text = request(cluster, "GET", "/metrics", Authorization="")
     assert status == 200
     assert b'keepstep_jobs{state="queued"} 1.0' in text
+    cluster.client.post(f"/jobs/{job}/cancel")
+    cluster.wait_state(job, "cancelled")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing), reason=missing)
+def test_a_real_prometheus_scrapes_a_controller(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit(TINY)
+    cluster.wait(job, lambda told: "needs" in told["reason"])
+    _, text = request(cluster, "GET", "/metrics", Authorization="")
+    assert complaints(text.decode()) == []
+    with scraping(tmp_path, f"{cluster.running.url}/metrics") as ask:
+        assert ask('keepstep_jobs{state="queued"}') == 1
     cluster.client.post(f"/jobs/{job}/cancel")
     cluster.wait_state(job, "cancelled")
 
