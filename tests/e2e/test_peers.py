@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 # steps, what its script is told, a checkpoint to wait for, and what is learnt to load ahead
 PEERS = {
     "hf_trainer": (150, "--out", "checkpoint-20/trainer_state.json", "transformers.trainer"),
-    "lightning_trainer": (2000, "--out", "last.ckpt", "torchmetrics"),
+    "lightning_trainer": (800, "--out", "last.ckpt", "torchmetrics"),
     "accelerate_loop": (1000, "--out", "step-000020", "accelerate"),
     "ddp": (4000, "--checkpoint", "", ""),
 }
@@ -55,6 +55,28 @@ run:
     assert all(rank["warm"] for rank in cluster.ranks(job).values()), cluster.story(job)
     known = [json.loads(path.read_bytes()) for path in node.glob("learnt/*.json")]
     assert not ahead or any(ahead in record["modules"] for record in known)
+
+
+def test_a_plain_script_that_hangs_is_found_by_its_counters(cluster: Cluster, tmp_path: Path) -> None:
+    """Rank 1 loops for ever in a step; rank 0 waits at the barrier after it. Its owner is impatient."""
+    saved = tmp_path / "saved"
+    job = cluster.submit(f"""
+name: ddp
+resources: {{nodes: 1, gpus_per_node: 2}}
+parallelism: {{dp: 2}}
+run:
+  command: [{sys.executable}, {SCRIPTS}/ddp.py, --steps, "900", --hang-at, "800", --checkpoint, {saved}]
+  workdir: {tmp_path}
+  ship: none
+recovery: {{hang_after: 8s}}
+""")
+    told = cluster.wait_state(job, "succeeded", "failed")
+    assert told["state"] == "succeeded", cluster.story(job)
+    [incident] = cluster.incidents(job)
+    assert (incident["verdict"], incident["culprit"]["rank"]) == ("hung", 1), incident
+    assert any("ddp.py" in line for line in incident["evidence"]["lines"]), incident
+    [log] = cluster.home.nodes.glob(f"*/jobs/{job}/2/rank-0.log")
+    assert "started at 800, done at 900" in log.read_text(), cluster.story(job)
 
 
 @pytest.mark.parametrize("peer", ["hf_snapshots", "lightning_snapshots"])

@@ -140,9 +140,12 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
     if still.still_s < min(learnt_s or unknown_s, early_s, policy.say_still_s, unknown_s):
         return None
     late = still.still_s >= (learnt_s or 0.0)
+    said = still.still_s >= policy.say_still_s and late
     if not still.looks or (late and still.looks[-1].age_s > policy.examine_again_s):
-        reason = f"no rank of attempt {attempt.number} moves: looks at all of them closely"
-        return None if job.examining else Suspicion(reason=reason, nodes=attempt.nodes)
+        if not job.examining:
+            reason = f"no rank of attempt {attempt.number} moves: looks at all of them closely"
+            return Suspicion(reason=reason, nodes=attempt.nodes)
+        return _said(still, found, unknown_s) if said and still.looks else None
     if found.mismatch:
         if len(still.looks) > 1 and _same(still, found):
             return _verdict(still, found, learnt_s, "two close looks agree, and nothing moved between them")
@@ -153,9 +156,11 @@ def _judged(still: _Standstill, policy: Policy) -> Verdict | Pending | Suspicion
     if still.still_s >= unknown_s:
         why = f"nothing moved for {unknown_s:g} s (recovery.hang_after_unknown)"
         return _verdict(still, found, unknown_s, why)
-    if still.still_s < policy.say_still_s or not late:
-        return None
-    # The figure that runs down is `due_s`; the reason stays the same.
+    return _said(still, found, unknown_s) if said else None
+
+
+def _said(still: _Standstill, found: Blame, unknown_s: float) -> Pending:
+    """Nothing is done about it yet. The figure that runs down is `due_s`; the reason stays the same."""
     cut = _cut(still)
     who = f"the network is cut between {links.told(cut)}" if cut else _who(still, found)
     reason = f"{STANDS}no rank moves; {who}. It is ended when nothing has moved for {unknown_s:g} s"

@@ -13,6 +13,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--checkpoint", required=True)
 parser.add_argument("--kill-at", type=int, default=0)
+parser.add_argument("--hang-at", type=int, default=0)
 options = parser.parse_args()
 
 torch.manual_seed(0)
@@ -34,6 +35,8 @@ for step in range(start + 1, options.steps + 1):
     loss.backward()
     if step == options.kill_at and start == 0 and rank == 1:
         os.kill(os.getpid(), 9)
+    while step == options.hang_at and start == 0 and rank == 1:
+        pass
     optimizer.step()
     if step % 5 == 0:
         if rank == 0:
