@@ -10,7 +10,7 @@ from cluster import Cluster
 from hosts import missing
 from site_of_hosts import Site, standing
 
-_KEPT_MAX = 2  # clusters between tests: their standby servers take memory
+_KEPT_MAX = 4  # clusters between tests: their standby servers take memory
 
 
 class Clusters:

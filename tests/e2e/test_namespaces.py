@@ -53,19 +53,19 @@ def test_a_shipped_job_outlives_a_host_that_falls_silent(site: Site) -> None:
 
 @pytest.mark.timeout(900)
 def test_cutting_only_the_way_to_the_controller_costs_no_step(site: Site) -> None:
-    """One real minute; ten are played through in virtual time (tests/golden/decide)."""
+    """Forty real seconds; ten minutes are played through in virtual time (tests/golden/decide)."""
     job = submit(site, 2000)
     site.until_step(job, 10)
     site.hosts.cut("n1", "management")
     site.hosts.cut("n2", "management")
     cut_at = time.monotonic()
-    while time.monotonic() - cut_at < 60:
+    while time.monotonic() - cut_at < 40:
         assert site.job(job)["attempt"]["number"] == 1
         time.sleep(1)
     site.hosts.mend("n1", "management")
     site.hosts.mend("n2", "management")
     site.until(lambda: len(site._connected()) == 3, "the hosts to come back")
-    site.until_step(job, 600)
+    site.until_step(job, site.job(job)["progress"]["step"] + 20)
     assert site.job(job)["attempt"]["number"] == 1
     site.keepstep("cancel", job, "--yes")
 
