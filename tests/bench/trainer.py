@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-import torch.distributed.pipelining
 
 from keepstep.llama import parallel
 from keepstep.llama.data import Batch

@@ -29,7 +29,7 @@ def model() -> tuple[FlatState, Stage]:
     index = FlatIndex.of(SHAPE, Layout(), Coordinates(dp=0, pp=0, cp=0, tp=0))
     state = FlatState(index, 0, device=CPU, dtype=torch.float32)
     initialise(state, SHAPE, seed=3)
-    return state, Stage(SHAPE, state, TensorParallel(), pp=1, stage=0)
+    return state, Stage(SHAPE, state, TensorParallel())
 
 
 def run(stage: Stage, sequences: Sequences, scale: float) -> Tensor:

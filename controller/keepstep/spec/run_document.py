@@ -131,8 +131,30 @@ class OptimizerSection(Section):
     """Largest norm of the whole gradient; 0: not clipped."""
 
 
+class PipelineSection(Section):
+    """How layers are cut into chunks, and in which order these are run; it changes speed and memory only."""
+
+    schedule: Annotated[
+        Literal["1f1b", "gpipe", "interleaved"],
+        BeforeValidator(scalars.one_of("1f1b", "gpipe", "interleaved")),
+        Kind("a word", "1f1b"),
+    ] = "1f1b"
+    """1f1b: backward passes as early as can be, so few activations are held. interleaved: the same with
+    several chunks a rank: fewer idle ranks, more messages. gpipe: all forward passes first."""
+    chunks: Annotated[Whole, Field(ge=1, le=256)] | None = Field(
+        default=None, json_schema_extra={"default_text": "2 for interleaved, else 1"}
+    )
+    """Pieces of the model on each pipeline rank."""
+
+    @classmethod
+    def short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"schedule": scalars.one_of("1f1b", "gpipe", "interleaved")(value)}
+        return super().short(value)
+
+
 class LlamaSection(Section):
-    """The built-in trainer: Llama 3 with tensor, pipeline and data parallelism."""
+    """The built-in trainer: Llama 3 with tensor, context, pipeline and data parallelism."""
 
     model: ModelSection = ModelSection(preset="debug")
     """The model: the name of a preset (debug, 1b, 8b, 70b, 405b), or the fields themselves."""
@@ -144,6 +166,8 @@ class LlamaSection(Section):
     """How much one step sees."""
     optimizer: OptimizerSection = OptimizerSection()
     """How weights follow from gradients."""
+    pipeline: PipelineSection = PipelineSection()
+    """The pipeline: the name of a schedule, or its fields."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Of the first weights."""
     init_from: SomeText | None = None

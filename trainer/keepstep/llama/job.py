@@ -13,6 +13,7 @@ from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
 from keepstep.llama.optimizer import OptimizerConfig
+from keepstep.llama.schedule import ONE_CHUNK, SCHEDULES, Pipeline
 from keepstep.llama.shape import ModelShape
 
 COLLECTIVE_TIMEOUT_S = 600.0  # hangs are found by the agents, long before
@@ -50,6 +51,7 @@ class TrainJob:
     branches: tuple[Branch, ...]  # the lineage, this attempt included
     init_from: str | None
     timeout_s: float  # of every collective
+    pipeline: Pipeline = ONE_CHUNK
     skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
 
     @property
@@ -100,6 +102,7 @@ class TrainJob:
                 snapshot_every=(value.get("checkpoint") or {}).get("snapshot_every_steps"),
                 branches=tuple(_branches(value)), init_from=value.get("init_from"),
                 timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
+                pipeline=Pipeline(**(value.get("pipeline") or {})),
                 skip_steps=frozenset(value.get("skip_steps") or ()),
             )  # fmt: skip
         except KeyError as error:
@@ -108,7 +111,7 @@ class TrainJob:
         return job
 
     def check(self) -> None:
-        check_layout(self.shape, self.layout, self.replicas)
+        check_layout(self.shape, self.layout, self.replicas, self.pipeline.chunks)
         for number, noun, part, reason in (
             (self.global_tokens, "tokens of a step", self.seq, "the length of a sequence"),
             (self.sequences, "sequences of a step", self.replicas, "the number of replicas"),
@@ -126,12 +129,19 @@ class TrainJob:
                 f"sequences of {self.seq:,} tokens are too long", where="batch.seq",
                 why=f"the model has positions up to {self.shape.max_seq:,}", next="Raise model.max_seq.",
             )  # fmt: skip
-        if self.micro_batches < self.layout.pp:
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        schedule, chunks = self.pipeline.schedule, self.pipeline.chunks
+        if schedule not in SCHEDULES:
             raise InputError(
-                f"{self.micro_batches} micro-batches do not fill {self.layout.pp} pipeline stages",
-                where="batch",
-                why="1F1B needs at least as many micro-batches as stages",
-                next="Raise global_tokens, or lower seq or the micro-batch.",
+                f"there is no schedule {schedule!r}", where="pipeline.schedule",
+                next=f"Known: {', '.join(SCHEDULES)}.",
+            )  # fmt: skip
+        if schedule == "1f1b" and chunks > 1:
+            raise InputError(
+                f"{chunks} chunks a rank", where="pipeline.chunks", why="1f1b knows one",
+                next="Choose the schedule interleaved or gpipe.",
             )  # fmt: skip
 
 

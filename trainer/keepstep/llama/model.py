@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -178,25 +178,21 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     return out.squeeze(0).transpose(0, 1)
 
 
-class Stage(nn.Module):
-    """The layers of one pipeline stage, the embedding before the first, norm, output and loss after the last.
-
-    An nn.Module because pipeline schedules want one; its parameters are the flat buffers' views.
-    """
+class Stage:
+    """The layers of a (virtual) stage: before the first the embedding, after the last norm, output, loss."""
 
     def __init__(
-        self, shape: ModelShape, state: FlatState, tp: TensorParallel, *, pp: int, stage: int
+        self, shape: ModelShape, state: FlatState, tp: TensorParallel, *, stages: int = 1, stage: int = 0
     ) -> None:
-        super().__init__()
-        self.tp, self.first, self.last = tp, stage == 0, stage == pp - 1
-        self.layers = [Layer(shape, state, i, tp) for i in stage_layers(shape.layers, pp, stage)]
+        self.tp, self.first, self.last = tp, stage == 0, stage == stages - 1
+        self.layers = [Layer(shape, state, i, tp) for i in stage_layers(shape.layers, stages, stage)]
         if self.first:
             self.embedding = Matrix(state, "embedding.weight")
         if self.last:
             self.norm = RmsNorm(state, "norm.weight", shape.norm_eps)
             self.output = Matrix(state, "output.weight")
 
-    def forward(self, x: Tensor, *, batch: MicroBatch) -> Tensor:
+    def __call__(self, x: Tensor, *, batch: MicroBatch) -> Tensor:
         """x is [tokens] in the first stage, else [tokens/tp, dim]; gives the latter, or the scaled loss."""
         if self.first:
             x = embedding(batch.tokens, self.embedding.weight, self.embedding.grad, self.tp)

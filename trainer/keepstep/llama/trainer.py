@@ -17,7 +17,7 @@ from keepstep.llama.model import Stage
 from keepstep.llama.optimizer import ShardedAdamW, Update
 from keepstep.llama.parallel import Groups
 from keepstep.llama.parity import Parity
-from keepstep.llama.pipeline import InTurn, OneForwardOneBackward, Runner
+from keepstep.llama.pipeline import Runner
 from keepstep.llama.tensor_parallel import TensorParallel
 from keepstep.session import Phase, Session
 
@@ -45,22 +45,24 @@ class Trainer:
         self.job, self.groups, self.source, self.session = job, groups, source, session
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         at = groups.at
-        index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas)
+        index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas, chunks=job.pipeline.chunks)
         self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
         self.optimizer = ShardedAdamW(self.state, groups, job.optimizer, session)
         self.parity = Parity(self.state, groups, session)
         self.rotation = Rotation(job.shape, device)
         tp = TensorParallel(groups.tp, session)
-        stage = Stage(job.shape, self.state, tp, pp=job.layout.pp, stage=at.pp)
-        self.counts_loss = stage.last and at.tp == 0
-        self.runner: Runner = InTurn(stage, session)
-        if job.layout.pp > 1:
-            edge = torch.empty(
-                job.micro_batch * job.seq // tp.size, job.shape.dim, dtype=self.dtype, device=device
-            )
-            self.runner = OneForwardOneBackward(
-                stage, groups, session, micro_batches=job.micro_batches, edge=edge
-            )
+        pp, chunks = job.layout.pp, job.pipeline.chunks
+        stages = [
+            Stage(job.shape, self.state, tp, stages=pp * chunks, stage=chunk * pp + at.pp)
+            for chunk in range(chunks)
+        ]
+        self.counts_loss = stages[-1].last and at.tp == 0
+        edge = torch.empty(
+            job.micro_batch * job.seq // tp.size, job.shape.dim, dtype=self.dtype, device=device
+        )
+        self.runner = Runner(
+            stages, groups, session, pipeline=job.pipeline, micro_batches=job.micro_batches, edge=edge
+        )
 
     @property
     def reports(self) -> bool:
