@@ -80,6 +80,7 @@ LAYOUTS = [
     laid_out("1x2x1"),
     laid_out("2x2x2"),
     laid_out("1x2x1", pipeline=pipeline("interleaved", 2)),
+    laid_out("1x1x2x1"),
     laid_out("1x2x2", slow=True),
     laid_out("4x1x2", slow=True),
     laid_out("2x2x1", slow=True),
@@ -87,6 +88,10 @@ LAYOUTS = [
     laid_out("1x5x1", slow=True),  # the first stage has only the embedding
     laid_out("1x2x2", slow=True, pipeline=pipeline("gpipe", 3)),
     laid_out("2x2x2", slow=True, pipeline=pipeline("interleaved", 3)),
+    laid_out("2x1x2x2", slow=True),
+    laid_out("1x1x4x2", slow=True),
+    laid_out("1x2x2x2", slow=True, pipeline=pipeline("interleaved", 2)),
+    laid_out("2x2x2x1", slow=True),
 ]
 
 
@@ -122,7 +127,9 @@ def test_another_number_of_replicas_is_not_the_same_bit_by_bit(gangs: Gangs) -> 
     assert not same(gangs.run("4x1x1", steps=6), gangs.run("1x1x1", steps=6))
 
 
-@pytest.mark.parametrize(("asked", "left"), [("4x1x1", ("2x1x1", "1x1x1")), ("2x2x2", ("1x2x2",))])
+@pytest.mark.parametrize(
+    ("asked", "left"), [("4x1x1", ("2x1x1", "1x1x1")), ("2x2x2", ("1x2x2",)), ("2x1x2x1", ("1x1x2x1",))]
+)
 def test_fewer_replicas_give_the_bits_of_the_number_asked_for(
     gangs: Gangs, asked: str, left: tuple[str, ...]
 ) -> None:
@@ -135,7 +142,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_others(gangs: Gangs, tmp_path: Pa
     folder = str(tmp_path / "job")
     whole = gangs.run("2x2x2", steps=10)
     gangs.run("2x2x2", steps=10, stop_at=5, checkpoint=folder)
-    for layout in ("2x2x2", "1x1x1", "4x1x2"):
+    for layout in ("2x2x2", "1x1x1", "4x1x2", "2x1x2x1"):
         rest = gangs.run(layout, steps=10, restore=5, checkpoint=folder, replicas=0)
         assert len(rest["losses"]) == 5
         worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][5:], strict=True))

@@ -66,7 +66,9 @@ def whole_model(layout: Layout, replicas: int = 0) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2, pp=2, tp=2), Layout(dp=3), Layout(pp=5, tp=2), Layout(dp=8)])
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=2, pp=2, tp=2), Layout(dp=3), Layout(pp=5, tp=2), Layout(dp=8), Layout(dp=2, cp=3)]
+)
 def test_every_layout_begins_with_the_same_weights_each_owned_once(layout: Layout) -> None:
     one, cut = whole_model(Layout()), whole_model(layout)
     assert one.keys() == cut.keys() == {name for name, _ in SMALL.sizes()}
@@ -97,7 +99,6 @@ def test_what_does_not_fit_is_refused() -> None:
     for layout, replicas, what in (
         (Layout(tp=4), 1, "2 KV heads"),
         (Layout(pp=8), 1, "5 layers"),
-        (Layout(cp=2), 1, "context parallel"),
         (Layout(dp=2), 3, "the 3 that were asked for"),
     ):
         with pytest.raises(InputError, match=what):

@@ -9,10 +9,10 @@ from torch import Tensor
 from keepstep.core.layout import Coordinates, Layout
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.initial import initialise
-from keepstep.llama.microbatch import Rotation, Sequences, micro_batches, spans_of, targets_of
-from keepstep.llama.model import Stage
+from keepstep.llama.microbatch import Rotation, Sequences, Share, micro_batches, spans_of, targets_of
+from keepstep.llama.model import Stage, attend
 from keepstep.llama.shape import ModelShape
-from keepstep.llama.tensor_parallel import TensorParallel
+from keepstep.llama.tensor_parallel import Peers
 
 SHAPE = ModelShape(layers=2, dim=64, ffn_dim=96, heads=4, kv_heads=2, vocabulary=68, max_seq=64)
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def model() -> tuple[FlatState, Stage]:
     index = FlatIndex.of(SHAPE, Layout(), Coordinates(dp=0, pp=0, cp=0, tp=0))
     state = FlatState(index, 0, device=CPU, dtype=torch.float32)
     initialise(state, SHAPE, seed=3)
-    return state, Stage(SHAPE, state, TensorParallel())
+    return state, Stage(SHAPE, state, Peers())
 
 
 def run(stage: Stage, sequences: Sequences, scale: float) -> Tensor:
@@ -147,6 +147,44 @@ def test_a_document_does_not_see_its_neighbour() -> None:
     assert torch.equal(before[16:], after[16:])
     assert torch.equal(before[:3], after[:3])
     assert not torch.equal(before[3:16], after[3:16])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_context_parallel_ranks_share_out_the_tokens_and_the_work(size: int) -> None:
+    shares = [Share(size, rank) for rank in range(size)]
+    every = torch.cat([share.tokens(2, 48) for share in shares])
+    assert torch.equal(every.sort().values, torch.arange(96))
+    assert torch.equal(every[shares[0].order(2, 48)], torch.arange(96))
+    work = {sum(position + 1 for chunk in share.chunks(48) for position in chunk) for share in shares}
+    assert len(work) == 1, "keys that a rank's queries see, in a document as long as the sequence"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("cuts", [(), (1,), (5, 6, 23), (24,), (12, 36), (47,)])
+def test_attention_of_each_part_of_the_context_is_that_of_the_whole(size: int, cuts: tuple[int, ...]) -> None:
+    """Documents that end inside, at and across chunks; forward and backward."""
+    documents = torch.zeros(2, 48, dtype=torch.int32)
+    for cut in cuts:
+        documents[0, cut:] += 1  # the other sequence is one document
+    positions = torch.arange(48).expand(2, 48)
+    data = Sequences(torch.zeros(2, 49, dtype=torch.int64), documents, positions)
+    rotation, parts = Rotation(SHAPE, CPU), []
+    for share in [Share(), *(Share(size, rank) for rank in range(size))]:
+        parts += micro_batches(
+            data, targets_of(data), size=2, scale=1.0, rotation=rotation, dtype=torch.float32, share=share
+        )
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, weight = (torch.randn(96, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    expected = attend(q, k, v, parts[0])
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    rows = [Share(size, rank).tokens(2, 48) for rank in range(size)]
+    found = torch.zeros_like(expected)
+    for mine, batch in zip(rows, parts[1:], strict=True):
+        found = found.index_copy(0, mine, attend(q[mine], k, v, batch))
+    torch.testing.assert_close(found, expected)
+    got = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    torch.testing.assert_close(got, wanted)
 
 
 def test_spans_end_with_their_sequence() -> None:

@@ -84,8 +84,10 @@ def _pipeline_problems(pipeline: Pipeline, layout: Layout) -> Iterator[Problem]:
         yield Problem(path=_PIPELINE, what=what, next="Give parallelism.pp, or leave the pipeline out.")
 
 
-def cuts(model: ModelShape, layout: Layout, pipeline: Pipeline = _ONE_CHUNK) -> Iterator[str]:
-    """Why the built-in trainer cannot cut the model so; nothing if it can."""
+def cuts(
+    model: ModelShape, layout: Layout, pipeline: Pipeline = _ONE_CHUNK, batch: Batch | None = None
+) -> Iterator[str]:
+    """Why the built-in trainer cannot cut the model and its sequences so; nothing if it can."""
     for noun, count in (
         ("heads", model.heads),
         ("KV heads", model.kv_heads),
@@ -100,8 +102,12 @@ def cuts(model: ModelShape, layout: Layout, pipeline: Pipeline = _ONE_CHUNK) -> 
         yield f"pp {layout.pp}{of} is more stages than {model.layers} layers, embedding and output"
     if pipeline.chunks > 1 and layout.pp == 1:
         yield f"pp 1 has no use for {pipeline.chunks} chunks"
-    if layout.cp > 1:
-        yield f"cp {layout.cp}: the built-in trainer has no context parallelism yet"
+    if batch is None:
+        return
+    if layout.cp > 1 and batch.seq % (2 * layout.cp):
+        yield f"cp {layout.cp} cuts {batch.seq:,} tokens into {2 * layout.cp} chunks, which are not equal"
+    elif (tokens := batch.seq * batch.micro_batch // layout.cp) % layout.tp:
+        yield f"tp {layout.tp} does not divide the {tokens:,} tokens of a micro-batch on a rank"
 
 
 def nearest_layouts(
@@ -113,11 +119,15 @@ def nearest_layouts(
     *,
     count: int = 3,
 ) -> tuple[Layout, ...]:
-    """Layouts of `ranks` ranks that fit the model and the batch, those most like `like` first."""
+    """Layouts of `ranks` ranks that fit the model and the batch, those most like `like` first.
+
+    Sequences are cut only where they already were.
+    """
     fitting = [
         layout
         for layout in _factorisations(ranks)
-        if (model is None or not any(cuts(model, layout, pipeline)))
+        if (layout.cp == 1 or like.cp > 1)
+        and (model is None or not any(cuts(model, layout, pipeline, batch)))
         and (batch is None or (batch.sequences % (layout.dp * batch.micro_batch) == 0))
     ]
     fitting.sort(key=lambda layout: (_distance(layout, like), layout.cp, layout.pp, layout.tp))
@@ -145,7 +155,7 @@ def _does_not_multiply_out(
 def _does_not_cut(
     model: ModelShape, batch: Batch, layout: Layout, resources: Resources, pipeline: Pipeline
 ) -> Iterator[Problem]:
-    reasons = list(cuts(model, layout, pipeline))
+    reasons = list(cuts(model, layout, pipeline, batch))
     if reasons:
         named = f"the {model.preset} model" if model.preset else "the model"
         what = f"{written(layout)} does not fit {named}: {'; '.join(reasons)}."

@@ -2,7 +2,8 @@
 
     flat index   0 ............ matrices ...... used .. length
                  | 2-D weights  | norm weights | padding |
-    owned by     | dp 0   | dp 1   | dp 2   | dp 3       |     equal consecutive ranges
+    owned by     | cp 0            | cp 1                |     equal consecutive ranges, and of each of them
+                 | dp 0   | dp 1   | dp 0   | dp 1       |     equal ranges again
 
 Matrices come first: they are cut over the tensor parallel ranks and decay; norm weights come last: every
 tensor parallel rank has them whole and they do not decay. So either kind is one slice.
@@ -59,6 +60,8 @@ class FlatIndex:
     length: int
     replicas: int  # that the job asked for; the present dp divides it
     dp: int
+    cp: int
+    cp_rank: int
 
     @classmethod
     def of(
@@ -82,19 +85,26 @@ class FlatIndex:
             parameters.append(placed)
             offset += placed.numel
             matrices = offset if dim is not None else matrices
-        unit = replicas * ALIGNMENT
+        unit = layout.cp * replicas * ALIGNMENT
         return cls(
             parameters=tuple(parameters), matrices=matrices, used=offset, length=-(-offset // unit) * unit,
-            replicas=replicas, dp=layout.dp,
+            replicas=replicas, dp=layout.dp, cp=layout.cp, cp_rank=at.cp,
         )  # fmt: skip
 
     @property
     def shard(self) -> int:
-        """Elements that each replica owns."""
-        return self.length // self.dp
+        """Elements that each rank owns."""
+        return self.length // (self.cp * self.dp)
+
+    @property
+    def segment(self) -> range:
+        """What the replicas of this context parallel rank share: the same however many there are."""
+        size = self.length // self.cp
+        return range(self.cp_rank * size, (self.cp_rank + 1) * size)
 
     def owned(self, dp_rank: int) -> range:
-        return range(dp_rank * self.shard, (dp_rank + 1) * self.shard)
+        start = self.segment.start + dp_rank * self.shard
+        return range(start, start + self.shard)
 
     def __getitem__(self, name: str) -> FlatParameter:
         return next(p for p in self.parameters if p.name == name)
@@ -108,8 +118,8 @@ class FlatState:
         shard = index.shard
         self.state = torch.zeros(3 * shard, device=device)
         self.master, self.exp_avg, self.exp_avg_sq = torch.split(self.state, shard)
-        # One replica in fp32 computes with the master weights themselves: nothing to copy after an update.
-        self.shared = index.dp == 1 and dtype == torch.float32
+        # Who owns everything in fp32 computes with the master weights themselves: nothing to copy.
+        self.shared = index.dp * index.cp == 1 and dtype == torch.float32
         self.weights = self.master if self.shared else torch.zeros(index.length, device=device, dtype=dtype)
         self.grads = torch.zeros(index.length, device=device)  # fp32: sums of many micro-batches
 
@@ -181,8 +191,6 @@ def check_layout(shape: ModelShape, layout: Layout, replicas: int, chunks: int =
         refuse(f"{stages} does not fit", f"the model has {shape.layers} layers, embedding and output")
     if chunks > 1 and layout.pp == 1:
         refuse(f"{chunks} chunks do not fit", "there is one pipeline rank")
-    if layout.cp != 1:
-        refuse(f"context parallel {layout.cp} does not fit", "the built-in trainer has none yet")
     if replicas % layout.dp:
         refuse(f"{layout.dp} replicas do not fit", f"they do not divide the {replicas} that were asked for")
     if shape.dim % shape.heads or shape.head_dim % 2:

@@ -64,6 +64,11 @@ class TrainJob:
         return self.sequences // self.replicas
 
     @property
+    def heads_and_tails(self) -> int:
+        """Chunks that context parallel ranks cut a sequence into."""
+        return 2 * self.layout.cp if self.layout.cp > 1 else 1
+
+    @property
     def micro_batches(self) -> int:
         """Of a replica in a step."""
         return self.sequences_per_replica // self.micro_batch
@@ -116,7 +121,13 @@ class TrainJob:
             (self.global_tokens, "tokens of a step", self.seq, "the length of a sequence"),
             (self.sequences, "sequences of a step", self.replicas, "the number of replicas"),
             (self.sequences_per_replica, "sequences of a replica", self.micro_batch, "the micro-batch"),
-            (self.micro_batch * self.seq, "tokens of a micro-batch", self.layout.tp, "tensor parallel"),
+            (self.seq, "tokens of a sequence", self.heads_and_tails, "twice context parallel"),
+            (
+                self.micro_batch * self.seq // self.layout.cp,
+                "tokens of a micro-batch on a rank",
+                self.layout.tp,
+                "tensor parallel",
+            ),
         ):
             if number % part:
                 raise InputError(

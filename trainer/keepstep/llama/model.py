@@ -9,6 +9,7 @@ flat buffer, so they are one matrix here; so are w1 and w3.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from keepstep.llama.flat import FlatState, stage_layers
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.shape import ModelShape
 from keepstep.llama.tensor_parallel import (
-    TensorParallel,
+    Peers,
     column_linear,
     cross_entropy,
     embedding,
@@ -97,6 +98,22 @@ class _SwiGlu(Function):
         return out
 
 
+class _GatheredContext(Function):
+    """[tokens, ...] of each context parallel rank -> [all tokens, ...], in the order of the sequences."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, cp: Peers) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.cp = cp
+        return cp.gather(x)[order]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return ctx.cp.scatter_sum(torch.empty_like(dy).index_copy_(0, order, dy)), None, None
+
+
 class RmsNorm:
     def __init__(self, state: FlatState, name: str, eps: float) -> None:
         self.weight, self.grad, self.eps = state.weight(name), state.grad(name), eps
@@ -113,9 +130,9 @@ class Matrix:
 
 
 class Layer:
-    def __init__(self, shape: ModelShape, state: FlatState, layer: int, tp: TensorParallel) -> None:
+    def __init__(self, shape: ModelShape, state: FlatState, layer: int, tp: Peers, cp: Peers) -> None:
         at = f"layers.{layer}"
-        self.tp = tp
+        self.tp, self.cp = tp, cp
         self.heads, self.kv_heads = shape.heads // tp.size, shape.kv_heads // tp.size
         self.head_dim = shape.head_dim
         self.attention_norm = RmsNorm(state, f"{at}.attention_norm.weight", shape.norm_eps)
@@ -135,6 +152,8 @@ class Layer:
         rotating, v = torch.split(projected, [self.heads + self.kv_heads, self.kv_heads], dim=1)
         rotated = _Rotate.apply(rotating, batch.cos, batch.sin)
         q, k = torch.split(rotated, [self.heads, self.kv_heads], dim=1)
+        if batch.order is not None:
+            k, v = _GatheredContext.apply(torch.stack((k, v), dim=1), batch.order, self.cp).unbind(1)
         mixed = attend(q, k, v, batch)
         return row_linear(mixed.reshape(len(mixed), -1), self.wo.weight, self.wo.grad, self.tp)
 
@@ -147,11 +166,14 @@ class Layer:
 def attend(q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
     """Causal attention inside each document; q [tokens, heads, head_dim], k and v with the KV heads.
 
-    On CPU each document is a call of its own, so no mask exists and no work is spent across documents;
-    documents of one length (whole sequences, as a rule) share a call. On CUDA a block mask does the same.
+    Where the context is cut, q are this rank's tokens, k and v those of the whole sequences. On CPU each
+    document is a call of its own, so no mask exists and no work is spent across documents; documents of one
+    length (whole sequences, as a rule) share a call. On CUDA a block mask does the same.
     """
     if batch.mask is not None:
         return _flex(q, k, v, batch.mask)
+    if batch.windows:
+        return _windowed(q, k, v, batch.windows)
     spans = batch.spans
     if len(set(spans)) == 1:
         return _causal(q, k, v, len(spans))
@@ -163,6 +185,25 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, documents: int) -> Tensor:
     q, k, v = (x.reshape(documents, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[tuple[int, int, int]]) -> Tensor:
+    """The last of a window's keys is its last query's own, and each query before sees one less."""
+    parts, start = [], 0
+    for count, begin, end in windows:
+        rows, keys = slice(start, start + count), slice(begin, end)
+        q_, k_, v_ = (x.transpose(0, 1).unsqueeze(0) for x in (q[rows], k[keys], v[keys]))
+        seen = None
+        if count < end - begin:
+            seen = torch.ones(count, end - begin, dtype=torch.bool, device=q.device).tril_(
+                end - begin - count
+            )
+        out = F.scaled_dot_product_attention(
+            q_, k_, v_, attn_mask=seen, is_causal=seen is None, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        parts.append(out.squeeze(0).transpose(0, 1))
+        start += count
+    return torch.cat(parts)
 
 
 @functools.cache
@@ -182,10 +223,18 @@ class Stage:
     """The layers of a (virtual) stage: before the first the embedding, after the last norm, output, loss."""
 
     def __init__(
-        self, shape: ModelShape, state: FlatState, tp: TensorParallel, *, stages: int = 1, stage: int = 0
+        self,
+        shape: ModelShape,
+        state: FlatState,
+        tp: Peers,
+        cp: Peers | None = None,
+        *,
+        stages: int = 1,
+        stage: int = 0,
     ) -> None:
+        cp = cp or Peers(along="cp")
         self.tp, self.first, self.last = tp, stage == 0, stage == stages - 1
-        self.layers = [Layer(shape, state, i, tp) for i in stage_layers(shape.layers, stages, stage)]
+        self.layers = [Layer(shape, state, i, tp, cp) for i in stage_layers(shape.layers, stages, stage)]
         if self.first:
             self.embedding = Matrix(state, "embedding.weight")
         if self.last:

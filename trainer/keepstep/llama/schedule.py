@@ -18,6 +18,7 @@ every rank knows what all others send and receive at the end of each tick; so no
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
@@ -46,6 +47,9 @@ class Pipeline:
                 return interleaved(pp, rank, micro_batches, self.chunks)
 
 
+ONE_CHUNK = Pipeline()
+
+
 def gpipe(micro_batches: int, chunks: int = 1) -> list[Pass]:
     passes = _through([range(micro_batches)], chunks)
     return [Pass(False, *p) for p in passes] + [Pass(True, m, chunks - 1 - c) for m, c in passes]
@@ -58,7 +62,7 @@ def one_forward_one_backward(pp: int, rank: int, micro_batches: int) -> list[Pas
 def interleaved(pp: int, rank: int, micro_batches: int, chunks: int) -> list[Pass]:
     rounds = max(1, micro_batches // pp)
     edges = [micro_batches * k // rounds for k in range(rounds + 1)]
-    groups = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [range(a, b) for a, b in pairwise(edges)]
     longest = max(map(len, groups))
     return _woven(_through(groups, chunks), chunks, ahead=2 * (pp - rank - 1) + (chunks - 1) * longest)
 

@@ -12,13 +12,13 @@ from keepstep.core.beacon import Trouble
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.job import TrainJob
-from keepstep.llama.microbatch import Rotation, Sequences, micro_batches, targets_of
+from keepstep.llama.microbatch import Rotation, Sequences, Share, micro_batches, targets_of
 from keepstep.llama.model import Stage
 from keepstep.llama.optimizer import ShardedAdamW, Update
 from keepstep.llama.parallel import Groups
 from keepstep.llama.parity import Parity
 from keepstep.llama.pipeline import Runner
-from keepstep.llama.tensor_parallel import TensorParallel
+from keepstep.llama.tensor_parallel import Peers
 from keepstep.session import Phase, Session
 
 # Dense BF16 peaks in FLOP/s, by a part of the device's name (NVIDIA's data sheets, SXM where there are two).
@@ -50,15 +50,16 @@ class Trainer:
         self.optimizer = ShardedAdamW(self.state, groups, job.optimizer, session)
         self.parity = Parity(self.state, groups, session)
         self.rotation = Rotation(job.shape, device)
-        tp = TensorParallel(groups.tp, session)
+        tp, cp = Peers(groups.tp, session), Peers(groups.cp, session, along="cp")
+        self.share = Share(job.layout.cp, at.cp)
         pp, chunks = job.layout.pp, job.pipeline.chunks
         stages = [
-            Stage(job.shape, self.state, tp, stages=pp * chunks, stage=chunk * pp + at.pp)
+            Stage(job.shape, self.state, tp, cp, stages=pp * chunks, stage=chunk * pp + at.pp)
             for chunk in range(chunks)
         ]
         self.counts_loss = stages[-1].last and at.tp == 0
         edge = torch.empty(
-            job.micro_batch * job.seq // tp.size, job.shape.dim, dtype=self.dtype, device=device
+            job.micro_batch * job.seq // (cp.size * tp.size), job.shape.dim, dtype=self.dtype, device=device
         )
         self.runner = Runner(
             stages, groups, session, pipeline=job.pipeline, micro_batches=job.micro_batches, edge=edge
@@ -67,7 +68,7 @@ class Trainer:
     @property
     def reports(self) -> bool:
         """Whether this is the one rank that prints."""
-        return self.counts_loss and self.groups.at.dp == 0
+        return self.counts_loss and self.groups.at.dp == self.groups.at.cp == 0
 
     def step(
         self,
@@ -91,7 +92,7 @@ class Trainer:
         for replica in range(mine):
             batches = micro_batches(
                 shares[replica], targets[replica], size=job.micro_batch, scale=scale,
-                rotation=self.rotation, dtype=self.dtype,
+                rotation=self.rotation, dtype=self.dtype, share=self.share,
             )  # fmt: skip
             state.grads.zero_()
             loss = self.runner.run(batches)
