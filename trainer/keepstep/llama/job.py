@@ -12,6 +12,7 @@ from keepstep.core.errors import InputError
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
+from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, Numerics
 from keepstep.llama.optimizer import OptimizerConfig
 from keepstep.llama.schedule import ONE_CHUNK, SCHEDULES, Pipeline
 from keepstep.llama.shape import ModelShape
@@ -52,6 +53,7 @@ class TrainJob:
     init_from: str | None
     timeout_s: float  # of every collective
     pipeline: Pipeline = ONE_CHUNK
+    numerics: Numerics = PLAIN
     skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
 
     @property
@@ -108,6 +110,7 @@ class TrainJob:
                 branches=tuple(_branches(value)), init_from=value.get("init_from"),
                 timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
                 pipeline=Pipeline(**(value.get("pipeline") or {})),
+                numerics=Numerics(**(value.get("numerics") or {})),
                 skip_steps=frozenset(value.get("skip_steps") or ()),
             )  # fmt: skip
         except KeyError as error:
@@ -140,15 +143,17 @@ class TrainJob:
                 f"sequences of {self.seq:,} tokens are too long", where="batch.seq",
                 why=f"the model has positions up to {self.shape.max_seq:,}", next="Raise model.max_seq.",
             )  # fmt: skip
-        self._check_pipeline()
+        self._check_options()
 
-    def _check_pipeline(self) -> None:
+    def _check_options(self) -> None:
         schedule, chunks = self.pipeline.schedule, self.pipeline.chunks
-        if schedule not in SCHEDULES:
-            raise InputError(
-                f"there is no schedule {schedule!r}", where="pipeline.schedule",
-                next=f"Known: {', '.join(SCHEDULES)}.",
-            )  # fmt: skip
+        for where, word, known in (
+            ("pipeline.schedule", schedule, SCHEDULES),
+            ("numerics.precision", self.numerics.precision, PRECISIONS),
+            ("numerics.recompute", self.numerics.recompute, RECOMPUTATIONS),
+        ):
+            if word not in known:
+                raise InputError(f"there is no {word!r}", where=where, next=f"Known: {', '.join(known)}.")
         if schedule == "1f1b" and chunks > 1:
             raise InputError(
                 f"{chunks} chunks a rank", where="pipeline.chunks", why="1f1b knows one",

@@ -10,6 +10,7 @@ flat buffer, so they are one matrix here; so are w1 and w3.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,83 +20,141 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from keepstep.llama.flat import FlatState, stage_layers
+from keepstep.llama.kernels import PLAIN, Kernels
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.shape import ModelShape
-from keepstep.llama.tensor_parallel import (
-    Peers,
-    column_linear,
-    cross_entropy,
-    embedding,
-    row_linear,
-)
+from keepstep.llama.tensor_parallel import Peers, cross_entropy, embedding, multiply, row_linear
+
+LOGITS = 2**27  # that exist at a time: 512 MB in fp32
 
 
-class _RmsNorm(Function):
+class RmsNorm:
+    def __init__(self, state: FlatState, name: str, eps: float) -> None:
+        self.weight, self.grad, self.eps = state.weight(name), state.grad(name), eps
+
+
+class Matrix:
+    """A weight, or neighbours stacked, with its gradient."""
+
+    def __init__(self, state: FlatState, *names: str) -> None:
+        self.weight, self.grad = state.weight(*names), state.grad(*names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What a stage computes with, the same for all its layers."""
+
+    tp: Peers = field(default_factory=Peers)
+    cp: Peers = field(default_factory=lambda: Peers(along="cp"))
+    kernels: Kernels = PLAIN
+    recompute: str = "none"
+
+    @property
+    def keep(self) -> bool:
+        """Whether what is cheap to make again is kept for the backward pass."""
+        return self.recompute != "selective"
+
+
+class _NormColumn(Function):
+    """[tokens/tp, dim] -> RMSNorm -> gathered -> [tokens, out/tp]."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        norm = torch.linalg.vector_norm(x32, dim=1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-        unit = x32 * inverse
-        ctx.save_for_backward(unit, inverse, weight)
-        ctx.grad, ctx.dtype = grad, x.dtype
-        out: Tensor = (unit * weight).to(x.dtype)
-        return out
+    def forward(ctx: Any, x: Tensor, norm: RmsNorm, matrix: Matrix, means: Means) -> Tensor:
+        inverse = means.kernels.inverse_rms(x, norm.eps)
+        whole = means.tp.gather(means.kernels.normed(x, inverse, norm.weight))
+        ctx.save_for_backward(x, inverse, whole if means.keep else None)
+        ctx.of = norm, matrix, means
+        return multiply(whole, matrix.weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        unit, inverse, weight = ctx.saved_tensors
-        dy = dy.float()
-        product = dy * unit
-        ctx.grad.add_(product.sum(dim=0))
-        mean = torch.mv(product, weight.float()).div_(unit.shape[1]).unsqueeze(1)
-        dx = (dy * weight).addcmul_(unit, mean, value=-1).mul_(inverse)
-        return dx.to(ctx.dtype), None, None, None
+        x, inverse, whole = ctx.saved_tensors
+        norm, matrix, means = ctx.of
+        if whole is None:
+            whole = means.tp.gather(means.kernels.normed(x, inverse, norm.weight))
+        dnormed = means.tp.scatter_sum(multiply(dy, matrix.weight.t()))
+        matrix.grad.add_(multiply(dy.t(), whole.t()))
+        dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
+        norm.grad.add_(dweight)
+        return dx, None, None, None
 
 
-class _Rotate(Function):
-    """(a, b) -> (a cos - b sin, b cos + a sin) for the two halves of each head."""
+class _SwiGluRow(Function):
+    """[tokens, 2 ffn/tp] -> SwiGLU -> [tokens/tp, dim]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+    def forward(ctx: Any, gate_up: Tensor, matrix: Matrix, means: Means) -> Tensor:
+        hidden = means.kernels.swiglu(gate_up)
+        ctx.save_for_backward(gate_up, hidden if means.keep else None)
+        ctx.of = matrix, means
+        return means.tp.scatter_sum(multiply(hidden, matrix.weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, sin, -1), None, None
+        gate_up, hidden = ctx.saved_tensors
+        matrix, means = ctx.of
+        if hidden is None:
+            hidden = means.kernels.swiglu(gate_up)
+        dy = means.tp.gather(dy)
+        matrix.grad.add_(multiply(dy.t(), hidden.t()))
+        return means.kernels.swiglu_backward(multiply(dy, matrix.weight.t()), gate_up), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (to_a, to_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=sign)
-    return out
-
-
-class _SwiGlu(Function):
-    """silu(gate) * up, of [tokens, 2 ffn] that holds both side by side."""
-
+class _Rotate(Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate).mul_(up)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.kernels = kernels
+        return kernels.rotated(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=1)
-        out = torch.empty_like(gate_up)
-        to_gate, to_up = out.chunk(2, dim=1)
-        torch.mul(F.silu(gate), dy, out=to_up)
-        to_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        return out
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return ctx.kernels.rotated(dy, cos, sin, -1), None, None, None
+
+
+class _HeadLoss(Function):
+    """Norm, output and loss, a chunk of the tokens after the other: logits exist for one chunk at a time.
+
+    So gradients are made in the forward pass, where the logits are; backward passes begin with this loss, so
+    its own gradient is 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm: RmsNorm, output: Matrix, batch: MicroBatch, means: Means
+    ) -> Tensor:
+        assert batch.targets is not None
+        inverse = means.kernels.inverse_rms(x, norm.eps)
+        whole = means.tp.gather(means.kernels.normed(x, inverse, norm.weight))
+        learns = ctx.needs_input_grad[0]
+        dwhole = torch.empty_like(whole) if learns else whole
+        loss = torch.zeros((), device=x.device)
+        size = max(1, LOGITS // len(output.weight))
+        for start in range(0, len(whole), size):
+            rows = slice(start, start + size)
+            logits = multiply(whole[rows], output.weight)
+            part, dlogits = cross_entropy(logits, batch.targets[rows], batch.scale, means.tp)
+            loss += part
+            if learns:
+                dwhole[rows] = multiply(dlogits, output.weight.t())
+                output.grad.add_(multiply(dlogits.t(), whole[rows].t()))
+        if learns:
+            ctx.save_for_backward(x, inverse, means.tp.scatter_sum(dwhole))
+            ctx.of = norm, means
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _one: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, inverse, dnormed = ctx.saved_tensors
+        norm, means = ctx.of
+        dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
+        norm.grad.add_(dweight)
+        return dx, None, None, None, None
 
 
 class _GatheredContext(Function):
@@ -114,26 +173,30 @@ class _GatheredContext(Function):
         return ctx.cp.scatter_sum(torch.empty_like(dy).index_copy_(0, order, dy)), None, None
 
 
-class RmsNorm:
-    def __init__(self, state: FlatState, name: str, eps: float) -> None:
-        self.weight, self.grad, self.eps = state.weight(name), state.grad(name), eps
+class _Recomputed(Function):
+    """A layer that keeps its input alone, and is run again in the backward pass."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return _RmsNorm.apply(x, self.weight, self.grad, self.eps)  # type: ignore[no-any-return]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: "Layer", batch: MicroBatch) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.of = layer, batch
+        return layer.run(x, batch)
 
-
-class Matrix:
-    """A weight, or neighbours stacked, with its gradient."""
-
-    def __init__(self, state: FlatState, *names: str) -> None:
-        self.weight, self.grad = state.weight(*names), state.grad(*names)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+        layer, batch = ctx.of
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(layer.run(x, batch), dy)
+        return x.grad, None, None
 
 
 class Layer:
-    def __init__(self, shape: ModelShape, state: FlatState, layer: int, tp: Peers, cp: Peers) -> None:
+    def __init__(self, shape: ModelShape, state: FlatState, layer: int, means: Means) -> None:
         at = f"layers.{layer}"
-        self.tp, self.cp = tp, cp
-        self.heads, self.kv_heads = shape.heads // tp.size, shape.kv_heads // tp.size
+        self.means = means
+        self.heads, self.kv_heads = shape.heads // means.tp.size, shape.kv_heads // means.tp.size
         self.head_dim = shape.head_dim
         self.attention_norm = RmsNorm(state, f"{at}.attention_norm.weight", shape.norm_eps)
         self.qkv = Matrix(state, *(f"{at}.attention.{w}.weight" for w in ("wq", "wk", "wv")))
@@ -143,24 +206,29 @@ class Layer:
         self.down = Matrix(state, f"{at}.feed_forward.w2.weight")
 
     def __call__(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), batch)
-        return x + self.feed_forward(self.ffn_norm(x))
+        if self.means.recompute == "full":
+            return _Recomputed.apply(x, self, batch)  # type: ignore[no-any-return]
+        return self.run(x, batch)
+
+    def run(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        x = x + self.attention(x, batch)
+        gate_up = _NormColumn.apply(x, self.ffn_norm, self.gate_up, self.means)
+        out: Tensor = x + _SwiGluRow.apply(gate_up, self.down, self.means)
+        return out
 
     def attention(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        projected = column_linear(x, self.qkv.weight, self.qkv.grad, self.tp)
+        means = self.means
+        projected = _NormColumn.apply(x, self.attention_norm, self.qkv, means)
         projected = projected.view(len(projected), -1, self.head_dim)
         rotating, v = torch.split(projected, [self.heads + self.kv_heads, self.kv_heads], dim=1)
-        rotated = _Rotate.apply(rotating, batch.cos, batch.sin)
+        rotated = _Rotate.apply(rotating, batch.cos, batch.sin, means.kernels)
         q, k = torch.split(rotated, [self.heads, self.kv_heads], dim=1)
-        if batch.order is not None:
-            k, v = _GatheredContext.apply(torch.stack((k, v), dim=1), batch.order, self.cp).unbind(1)
+        if batch.order is None:
+            v = v.contiguous()  # a view would keep all that was projected until the backward pass
+        else:
+            k, v = _GatheredContext.apply(torch.stack((k, v), dim=1), batch.order, means.cp).unbind(1)
         mixed = attend(q, k, v, batch)
-        return row_linear(mixed.reshape(len(mixed), -1), self.wo.weight, self.wo.grad, self.tp)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        gate_up = column_linear(x, self.gate_up.weight, self.gate_up.grad, self.tp)
-        hidden: Tensor = _SwiGlu.apply(gate_up)
-        return row_linear(hidden, self.down.weight, self.down.grad, self.tp)
+        return row_linear(mixed.reshape(len(mixed), -1), self.wo.weight, self.wo.grad, means.tp)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
@@ -223,18 +291,10 @@ class Stage:
     """The layers of a (virtual) stage: before the first the embedding, after the last norm, output, loss."""
 
     def __init__(
-        self,
-        shape: ModelShape,
-        state: FlatState,
-        tp: Peers,
-        cp: Peers | None = None,
-        *,
-        stages: int = 1,
-        stage: int = 0,
+        self, shape: ModelShape, state: FlatState, means: Means, *, stages: int = 1, stage: int = 0
     ) -> None:
-        cp = cp or Peers(along="cp")
-        self.tp, self.first, self.last = tp, stage == 0, stage == stages - 1
-        self.layers = [Layer(shape, state, i, tp, cp) for i in stage_layers(shape.layers, stages, stage)]
+        self.means, self.first, self.last = means, stage == 0, stage == stages - 1
+        self.layers = [Layer(shape, state, i, means) for i in stage_layers(shape.layers, stages, stage)]
         if self.first:
             self.embedding = Matrix(state, "embedding.weight")
         if self.last:
@@ -244,12 +304,11 @@ class Stage:
     def __call__(self, x: Tensor, *, batch: MicroBatch) -> Tensor:
         """x is [tokens] in the first stage, else [tokens/tp, dim]; gives the latter, or the scaled loss."""
         if self.first:
-            x = embedding(batch.tokens, self.embedding.weight, self.embedding.grad, self.tp)
+            x = embedding(batch.tokens, self.embedding.weight, self.embedding.grad, self.means.tp)
         for layer in self.layers:
             x = layer(x, batch)
         if not self.last:
             return x
-        logits = column_linear(self.norm(x), self.output.weight, self.output.grad, self.tp)
         if batch.targets is None:
-            return logits
-        return cross_entropy(logits, batch.targets, batch.scale, self.tp)
+            return _NormColumn.apply(x, self.norm, self.output, self.means)  # type: ignore[no-any-return]
+        return _HeadLoss.apply(x, self.norm, self.output, batch, self.means)  # type: ignore[no-any-return]

@@ -96,23 +96,6 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     return plain
 
 
-class _Column(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
-        whole = tp.gather(x)
-        ctx.save_for_backward(whole, weight)
-        ctx.grad, ctx.tp = grad, tp
-        return multiply(whole, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
-        dx = ctx.tp.scatter_sum(multiply(dy, weight.t()))
-        ctx.grad.add_(multiply(dy.t(), x.t()))
-        return dx, None, None, None
-
-
 class _Row(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
@@ -127,11 +110,6 @@ class _Row(Function):
         dy = ctx.tp.gather(dy)
         ctx.grad.add_(multiply(dy.t(), x.t()))
         return multiply(dy, weight.t()), None, None, None
-
-
-def column_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
-    """[tokens/tp, in] -> [tokens, out/tp]; grad [out/tp, in] is added to in the backward pass."""
-    return _Column.apply(x, weight, grad, tp)  # type: ignore[no-any-return]
 
 
 def row_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
@@ -169,36 +147,20 @@ def embedding(tokens: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor
     return _Embedding.apply(anchor, tokens, weight, grad, tp)  # type: ignore[no-any-return]
 
 
-class _CrossEntropy(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: float, tp: Peers) -> Tensor:
-        columns = logits.shape[1]
-        top = tp.all_reduce(logits.amax(dim=1).float(), dist.ReduceOp.MAX)
-        odds = (logits.float() - top.unsqueeze(1)).exp_()
-        index = targets - tp.rank * columns
-        mine = (index >= 0) & (index < columns)
-        index = index.clamp(0, columns - 1).unsqueeze(1)
-        chosen = (logits.gather(1, index).squeeze(1).float() - top) * mine
-        total, chosen = tp.all_reduce(torch.stack((odds.sum(dim=1), chosen)))
-        valid = (targets >= 0).float()
-        ctx.save_for_backward(odds, total, index, mine, valid)
-        ctx.scale, ctx.dtype = scale, logits.dtype
-        loss: Tensor = ((total.log() - chosen) * valid).sum() * scale
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        odds, total, index, mine, valid = ctx.saved_tensors
-        weight = valid * (dy * ctx.scale)
-        grad = odds.mul_((weight / total).unsqueeze(1))
-        grad.scatter_add_(1, index, (-weight * mine).unsqueeze(1))
-        return grad.to(ctx.dtype), None, None, None
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, scale: float, tp: Peers) -> Tensor:
-    """scale times the sum over tokens of -log softmax(logits)[target].
+def cross_entropy(logits: Tensor, targets: Tensor, scale: float, tp: Peers) -> tuple[Tensor, Tensor]:
+    """scale times the sum over tokens of -log softmax(logits)[target], in fp32; and its gradient.
 
     logits [tokens, vocabulary/tp]; targets [tokens], negative where no prediction counts.
     """
-    return _CrossEntropy.apply(logits, targets, scale, tp)  # type: ignore[no-any-return]
+    columns = logits.shape[1]
+    top = tp.all_reduce(logits.amax(dim=1).float(), dist.ReduceOp.MAX)
+    odds = (logits.float() - top.unsqueeze(1)).exp_()
+    index = targets - tp.rank * columns
+    mine = (index >= 0) & (index < columns)
+    index = index.clamp(0, columns - 1).unsqueeze(1)
+    chosen = (logits.gather(1, index).squeeze(1).float() - top) * mine
+    total, chosen = tp.all_reduce(torch.stack((odds.sum(dim=1), chosen)))
+    weight = (targets >= 0) * scale
+    loss = ((total.log() - chosen) * weight).sum()
+    grad = odds.mul_((weight / total).unsqueeze(1)).scatter_add_(1, index, (-weight * mine).unsqueeze(1))
+    return loss, grad.to(logits.dtype)

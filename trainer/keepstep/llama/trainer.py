@@ -1,6 +1,7 @@
 """One rank's trainer: its share of the model, and a step from data to updated weights."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,8 +13,10 @@ from keepstep.core.beacon import Trouble
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.job import TrainJob
+from keepstep.llama.kernels import Kernels
 from keepstep.llama.microbatch import Rotation, Sequences, Share, micro_batches, targets_of
-from keepstep.llama.model import Stage
+from keepstep.llama.model import Means, Stage
+from keepstep.llama.numerics import Numerics
 from keepstep.llama.optimizer import ShardedAdamW, Update
 from keepstep.llama.parallel import Groups
 from keepstep.llama.parity import Parity
@@ -43,7 +46,12 @@ class Trainer:
         self, job: TrainJob, groups: Groups, source: Source, *, device: torch.device, session: Session
     ) -> None:
         self.job, self.groups, self.source, self.session = job, groups, source, session
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = _dtype(job.numerics, device)
+        if job.numerics.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
+            torch.use_deterministic_algorithms(True)
+            # Nothing here reads what it did not write.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         at = groups.at
         index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas, chunks=job.pipeline.chunks)
         self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
@@ -51,10 +59,12 @@ class Trainer:
         self.parity = Parity(self.state, groups, session)
         self.rotation = Rotation(job.shape, device)
         tp, cp = Peers(groups.tp, session), Peers(groups.cp, session, along="cp")
+        kernels = Kernels.compiled() if job.numerics.compile else Kernels()
+        means = Means(tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute)
         self.share = Share(job.layout.cp, at.cp)
         pp, chunks = job.layout.pp, job.pipeline.chunks
         stages = [
-            Stage(job.shape, self.state, tp, cp, stages=pp * chunks, stage=chunk * pp + at.pp)
+            Stage(job.shape, self.state, means, stages=pp * chunks, stage=chunk * pp + at.pp)
             for chunk in range(chunks)
         ]
         self.counts_loss = stages[-1].last and at.tp == 0
@@ -147,6 +157,17 @@ class Trainer:
             dist.all_reduce(count, group=self.groups.dp)
             self.session.go_on()
         return max(1, int(count))
+
+
+def _dtype(numerics: Numerics, device: torch.device) -> torch.dtype:
+    """Of weights and activations while computing."""
+    match numerics.precision:
+        case "bf16":
+            return torch.bfloat16
+        case "fp32":
+            return torch.float32
+        case _:
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def peak(device: torch.device) -> float:
