@@ -96,7 +96,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         saver.save(trainer.state.step, tokens=0, data={})
         assert saver.close(30) == trainer.state.step
     parallel.leave()
-    used = trainer.state.weights[: trainer.state.index.used].numpy().tobytes()
+    used = trainer.state.weights[: trainer.state.index.used].view(torch.uint8).numpy().tobytes()
     return {
         "losses": [update.loss for update in updates],
         "norms": [update.grad_norm for update in updates],

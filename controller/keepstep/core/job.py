@@ -175,6 +175,16 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """What the built-in trainer computes in, what it computes twice, what it compiles."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaRun(Process):
     """The built-in trainer."""
 
@@ -184,6 +194,7 @@ class LlamaRun(Process):
     batch: Batch
     optimizer: Optimizer
     pipeline: Pipeline = Pipeline()
+    numerics: Numerics = Numerics()
     seed: int = 0
     init_from: str | None = None  # a folder of weights to begin with; None: random ones
     kind: Literal["llama"] = "llama"

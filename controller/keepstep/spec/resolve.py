@@ -134,6 +134,7 @@ def _llama(
             schedule=section.pipeline.schedule,
             chunks=section.pipeline.chunks or (2 if section.pipeline.schedule == "interleaved" else 1),
         ),
+        numerics=job.Numerics(**section.numerics.model_dump()),
         seed=section.seed,
         init_from=_absolute(section.init_from, base),
         **_process(run),

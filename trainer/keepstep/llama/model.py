@@ -22,10 +22,9 @@ from torch.autograd.function import once_differentiable
 from keepstep.llama.flat import FlatState, stage_layers
 from keepstep.llama.kernels import PLAIN, Kernels
 from keepstep.llama.microbatch import MicroBatch
+from keepstep.llama.numerics import LOGITS
 from keepstep.llama.shape import ModelShape
 from keepstep.llama.tensor_parallel import Peers, cross_entropy, embedding, multiply, row_linear
-
-LOGITS = 2**27  # that exist at a time: 512 MB in fp32
 
 
 class RmsNorm:

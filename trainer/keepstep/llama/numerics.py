@@ -19,6 +19,7 @@ from keepstep.llama.shape import ModelShape
 
 PRECISIONS = ("auto", "bf16", "fp32")
 RECOMPUTATIONS = ("none", "selective", "full")
+LOGITS = 2**27  # that exist at a time: 512 MB in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
