@@ -17,20 +17,20 @@ from torch import Tensor
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """[n, dim] -> [n, 1] in fp32."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-    inverse: Tensor = norm.square().div(x.shape[1]).add(eps).rsqrt()
+    inverse: Tensor = norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
     return inverse
 
 
 def normed(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
-    return (x * inverse * weight).to(x.dtype)
+    return (x * inverse).mul_(weight).to(x.dtype)
 
 
 def norm_backward(dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of input and weight, the latter in fp32."""
-    unit, dy32 = x * inverse, dy.float()
-    product = dy32 * unit
-    mean = (product @ weight.float()).div(x.shape[1]).unsqueeze(1)
-    dx = (dy32 * weight - unit * mean) * inverse
+    unit, dy = x * inverse, dy.float()
+    product = dy * unit
+    mean = torch.mv(product, weight.float()).div_(x.shape[1]).unsqueeze(1)
+    dx = (dy * weight).addcmul_(unit, mean, value=-1).mul_(inverse)
     return dx.to(x.dtype), product.sum(dim=0)
 
 

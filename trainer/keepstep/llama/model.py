@@ -130,17 +130,21 @@ class _HeadLoss(Function):
         inverse = means.kernels.inverse_rms(x, norm.eps)
         whole = means.tp.gather(means.kernels.normed(x, inverse, norm.weight))
         learns = ctx.needs_input_grad[0]
-        dwhole = torch.empty_like(whole) if learns else whole
         loss = torch.zeros((), device=x.device)
         size = max(1, LOGITS // len(output.weight))
+        dwhole = torch.empty_like(whole) if learns and size < len(whole) else whole
         for start in range(0, len(whole), size):
             rows = slice(start, start + size)
             logits = multiply(whole[rows], output.weight)
             part, dlogits = cross_entropy(logits, batch.targets[rows], batch.scale, means.tp)
             loss += part
             if learns:
-                dwhole[rows] = multiply(dlogits, output.weight.t())
                 output.grad.add_(multiply(dlogits.t(), whole[rows].t()))
+                dpart = multiply(dlogits, output.weight.t())
+                if size < len(whole):
+                    dwhole[rows] = dpart
+                else:
+                    dwhole = dpart
         if learns:
             ctx.save_for_backward(x, inverse, means.tp.scatter_sum(dwhole))
             ctx.of = norm, means
