@@ -28,4 +28,6 @@ def test_compiled_kernels_are_the_plain_ones(dtype: torch.dtype) -> None:
         "swiglu_backward": (some(24, 32), gate_up),
     }.items():
         found, expected = getattr(compiled, name)(*arguments), getattr(PLAIN, name)(*arguments)
-        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+        # In bf16 the plain ones round after each operation, compiled ones at the end.
+        close = {} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.02}
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}", **close)
