@@ -32,13 +32,13 @@ import torch
 from keepstep.core.beacon import PAGE
 from keepstep.llama import parallel
 from keepstep.llama.data import Batch
-from keepstep.llama.footprint import footprint
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import TrainJob
 from keepstep.llama.numerics import RECOMPUTATIONS, Numerics, activation_bytes
 from keepstep.llama.trainer import Trainer
 from keepstep.session import Phase, Session, current
 from keepstep.spec.presets import PRESETS
+from llama_footprint import footprint
 from rank_gang import run_gang
 
 SEQ, SEQUENCES = 256, 4

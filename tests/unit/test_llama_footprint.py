@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from keepstep.llama.flat import FlatIndex, FlatState
-from keepstep.llama.footprint import footprint
 from keepstep.llama.job import TrainJob
 from keepstep.llama.numerics import Numerics
 from keepstep.llama.optimizer import Gradients
@@ -14,6 +13,7 @@ from keepstep.llama.parallel import Groups
 from keepstep.llama.schedule import Pipeline
 from keepstep.session import current
 from keepstep.spec.presets import PRESETS
+from llama_footprint import footprint
 
 META = torch.device("meta")
 GB = 1e9
