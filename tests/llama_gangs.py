@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -49,12 +50,19 @@ class Patterns:
         return Batch(tokens, documents, positions)
 
 
+def sizes(request: dict[str, Any]) -> dict[str, int]:
+    """dp x pp x tp, or dp x pp x cp x tp."""
+    *outer, tp = request["layout"]
+    return dict(zip(("dp", "pp", "cp", "tp"), (*outer, *[1] * (3 - len(outer)), tp), strict=True))
+
+
 def job(request: dict[str, Any]) -> TrainJob:
-    dp, pp, tp = request["layout"]
     return TrainJob.parse(
         {
             "job": "test",
-            "layout": {"dp": dp, "pp": pp, "tp": tp},
+            "layout": sizes(request),
+            "pipeline": request.get("pipeline"),
+            "numerics": request.get("numerics"),
             "virtual_dp": request.get("replicas"),
             "model": MODEL,
             "steps": request["steps"],
@@ -88,7 +96,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         saver.save(trainer.state.step, tokens=0, data={})
         assert saver.close(30) == trainer.state.step
     parallel.leave()
-    used = trainer.state.weights[: trainer.state.index.used].numpy().tobytes()
+    used = trainer.state.weights[: trainer.state.index.used].view(torch.uint8).numpy().tobytes()
     return {
         "losses": [update.loss for update in updates],
         "norms": [update.grad_norm for update in updates],
@@ -120,11 +128,11 @@ def whole_program(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    dp, pp, tp = request["layout"]
+    world_size = math.prod(request["layout"])
     try:
         if "main" in request:
-            return {"ranks": run_gang(dp * pp * tp, lambda: whole_program(request))}
-        ranks = run_gang(dp * pp * tp, lambda: train(request))
+            return {"ranks": run_gang(world_size, lambda: whole_program(request))}
+        ranks = run_gang(world_size, lambda: train(request))
     except GangFailed as error:
         return {"error": str(error)}
     first = ranks[0]

@@ -111,7 +111,7 @@ def sequence_of(page: mmap.mmap) -> int:
 
 def built_in() -> dict[str, Any]:
     """The built-in trainer, which marks by itself; its page is one that nobody reads."""
-    ours = trainer((1, 1, 1), 1)
+    ours = trainer((1, 1, 1, 1, 1), 1)
     page = current()._writer._page
     ours.step()
     before, began = sequence_of(page), time.process_time()

@@ -9,13 +9,22 @@ from torch import Tensor
 from keepstep.core.layout import Coordinates, Layout
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.initial import initialise
-from keepstep.llama.microbatch import Rotation, Sequences, micro_batches, spans_of, targets_of
-from keepstep.llama.model import Stage
+from keepstep.llama.microbatch import (
+    MicroBatch,
+    Rotation,
+    Sequences,
+    Share,
+    micro_batches,
+    spans_of,
+    targets_of,
+)
+from keepstep.llama.model import Means, Stage, attend
+from keepstep.llama.numerics import RECOMPUTATIONS, activation_bytes
 from keepstep.llama.shape import ModelShape
-from keepstep.llama.tensor_parallel import TensorParallel
 
 SHAPE = ModelShape(layers=2, dim=64, ffn_dim=96, heads=4, kv_heads=2, vocabulary=68, max_seq=64)
 CPU = torch.device("cpu")
+PLAIN = Means()
 
 
 def whole(sequences: int, seq: int) -> Sequences:
@@ -25,11 +34,11 @@ def whole(sequences: int, seq: int) -> Sequences:
     return Sequences(tokens, torch.zeros(sequences, seq, dtype=torch.int32), positions)
 
 
-def model() -> tuple[FlatState, Stage]:
+def model(means: Means = PLAIN) -> tuple[FlatState, Stage]:
     index = FlatIndex.of(SHAPE, Layout(), Coordinates(dp=0, pp=0, cp=0, tp=0))
     state = FlatState(index, 0, device=CPU, dtype=torch.float32)
     initialise(state, SHAPE, seed=3)
-    return state, Stage(SHAPE, state, TensorParallel(), pp=1, stage=0)
+    return state, Stage(SHAPE, state, means)
 
 
 def run(stage: Stage, sequences: Sequences, scale: float) -> Tensor:
@@ -147,6 +156,99 @@ def test_a_document_does_not_see_its_neighbour() -> None:
     assert torch.equal(before[16:], after[16:])
     assert torch.equal(before[:3], after[:3])
     assert not torch.equal(before[3:16], after[3:16])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_context_parallel_ranks_share_out_the_tokens_and_the_work(size: int) -> None:
+    shares = [Share(size, rank) for rank in range(size)]
+    every = torch.cat([share.tokens(2, 48) for share in shares])
+    assert torch.equal(every.sort().values, torch.arange(96))
+    assert torch.equal(every[shares[0].order(2, 48)], torch.arange(96))
+    work = {sum(position + 1 for chunk in share.chunks(48) for position in chunk) for share in shares}
+    assert len(work) == 1, "keys that a rank's queries see, in a document as long as the sequence"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("cuts", [(), (1,), (5, 6, 23), (24,), (12, 36), (47,)])
+def test_attention_of_each_part_of_the_context_is_that_of_the_whole(size: int, cuts: tuple[int, ...]) -> None:
+    """Documents that end inside, at and across chunks; forward and backward."""
+    documents = torch.zeros(2, 48, dtype=torch.int32)
+    for cut in cuts:
+        documents[0, cut:] += 1  # the other sequence is one document
+    positions = torch.arange(48).expand(2, 48)
+    data = Sequences(torch.zeros(2, 49, dtype=torch.int64), documents, positions)
+    rotation, parts = Rotation(SHAPE, CPU), []
+    for share in [Share(), *(Share(size, rank) for rank in range(size))]:
+        parts += micro_batches(
+            data, targets_of(data), size=2, scale=1.0, rotation=rotation, dtype=torch.float32, share=share
+        )
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, weight = (torch.randn(96, heads, 16, generator=generator) for heads in (4, 2, 2, 4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    expected = attend(q, k, v, parts[0])
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    rows = [Share(size, rank).tokens(2, 48) for rank in range(size)]
+    found = torch.zeros_like(expected)
+    for mine, batch in zip(rows, parts[1:], strict=True):
+        found = found.index_copy(0, mine, attend(q[mine], k, v, batch))
+    torch.testing.assert_close(found, expected)
+    got = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_is_computed_twice_gives_the_same_bits(recompute: str) -> None:
+    (kept, first), (again, second) = model(), model(Means(recompute=recompute))
+    losses = [run(stage, whole(2, 32), 1 / 64) for stage in (first, second)]
+    assert torch.equal(*losses)
+    assert torch.equal(kept.grads, again.grads)
+
+
+def test_the_loss_of_chunks_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    (one, first), (other, second) = model(), model()
+    expected = run(first, whole(2, 32), 1 / 64)
+    monkeypatch.setattr("keepstep.llama.model.LOGITS", 7 * SHAPE.vocabulary)  # 64 tokens: nine and a bit
+    assert run(second, whole(2, 32), 1 / 64).item() == pytest.approx(expected.item(), abs=1e-6)
+    torch.testing.assert_close(other.grads, one.grads, atol=1e-6, rtol=1e-5)
+
+
+def held(shape: ModelShape, tokens: int, recompute: str) -> int:
+    """Bytes that one layer's graph holds in bf16, from what autograd saves; nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    storages: dict[int, int] = {}
+    with FakeTensorMode():
+        index = FlatIndex.of(replace(shape, layers=1), Layout(), Layout().coordinates(0))
+        state = FlatState(index, 0, device=CPU, dtype=torch.bfloat16)
+        stage = Stage(replace(shape, layers=1), state, Means(recompute=recompute))
+        table = torch.empty(tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16)
+        batch = MicroBatch(
+            tokens=torch.empty(0), targets=None, scale=1.0, cos=table, sin=table, spans=(tokens,)
+        )
+        ours = {table.untyped_storage()._cdata, state.weights.untyped_storage()._cdata}
+
+        def pack(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            if storage._cdata not in ours:
+                storages[storage._cdata] = storage.nbytes()
+                kept.append(storage)  # or its address would be given to another
+            return saved
+
+        kept: list[object] = []
+        x = torch.empty(tokens, shape.dim, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            stage.layers[0](x, batch)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTATIONS)
+def test_a_layer_of_8b_holds_what_the_formula_says(recompute: str) -> None:
+    """At 8,192 tokens: 1,144, 776 and 67 MB."""
+    shape = ModelShape(
+        layers=32, dim=4096, ffn_dim=14_336, heads=32, kv_heads=8, vocabulary=256, max_seq=8192
+    )
+    found = held(shape, 8192, recompute)
+    assert found == pytest.approx(activation_bytes(shape, 8192, recompute), rel=0.01)
 
 
 def test_spans_end_with_their_sequence() -> None:

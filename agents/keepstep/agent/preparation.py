@@ -193,7 +193,17 @@ def job_document(launch: Launch, run: LlamaRun) -> dict[str, Any]:
         "virtual_dp": launch.replicas,
         **{
             name: plain[name]
-            for name in ("model", "data", "steps", "batch", "optimizer", "seed", "init_from")
+            for name in (
+                "model",
+                "data",
+                "steps",
+                "batch",
+                "optimizer",
+                "pipeline",
+                "numerics",
+                "seed",
+                "init_from",
+            )
         },
         "checkpoint": launch.checkpoint,
         "restore": restore,

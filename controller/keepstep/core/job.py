@@ -167,6 +167,24 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """How the built-in trainer's layers are cut into chunks, and in which order the chunks are run."""
+
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    chunks: int = 1  # of the model on each pipeline rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """What the built-in trainer computes in, what it computes twice, what it compiles."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaRun(Process):
     """The built-in trainer."""
 
@@ -175,6 +193,8 @@ class LlamaRun(Process):
     steps: int
     batch: Batch
     optimizer: Optimizer
+    pipeline: Pipeline = Pipeline()
+    numerics: Numerics = Numerics()
     seed: int = 0
     init_from: str | None = None  # a folder of weights to begin with; None: random ones
     kind: Literal["llama"] = "llama"

@@ -54,7 +54,7 @@ class ParallelismSection(Section):
     )
     """Data parallel: replicas that share the batch."""
     cp: Annotated[Whole, _DEGREE] = 1
-    """Context parallel: ranks that share each sequence; the built-in trainer has none yet."""
+    """Context parallel: ranks that share each sequence, for long ones."""
 
 
 class ElasticSection(Section):

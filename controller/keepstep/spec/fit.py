@@ -5,12 +5,14 @@ divides. The same checks stand before a document becomes a job and before a stor
 import math
 from collections.abc import Iterator
 
-from keepstep.core.job import Batch, CommandRun, JobSpec, LlamaRun, ModelShape, Resources
+from keepstep.core.job import Batch, CommandRun, JobSpec, LlamaRun, ModelShape, Pipeline, Resources
 from keepstep.core.layout import Layout
 from keepstep.spec.problems import Path, Problem, counted
 
 _MODEL: Path = ("run", "llama", "model")
 _BATCH: Path = ("run", "llama", "batch")
+_PIPELINE: Path = ("run", "llama", "pipeline")
+_ONE_CHUNK = Pipeline()
 
 
 def misfits(spec: JobSpec) -> Iterator[Problem]:
@@ -18,18 +20,19 @@ def misfits(spec: JobSpec) -> Iterator[Problem]:
     layout, resources = spec.parallelism, spec.resources
     model: ModelShape | None = None
     batch: Batch | None = None
+    pipeline = _ONE_CHUNK
     match spec.run:
-        case LlamaRun(model=model, batch=batch):
-            broken = list(model_problems(model))
+        case LlamaRun(model=model, batch=batch, pipeline=pipeline):
+            broken = [*model_problems(model), *_pipeline_problems(pipeline, layout)]
             yield from broken
             if broken:
                 return
         case CommandRun():
             pass
     if layout.world_size != resources.ranks:
-        yield _does_not_multiply_out(layout, resources, model, batch)
+        yield _does_not_multiply_out(layout, resources, model, batch, pipeline)
     elif model is not None and batch is not None:
-        yield from _does_not_cut(model, batch, layout, resources)
+        yield from _does_not_cut(model, batch, layout, resources, pipeline)
     if spec.elastic.min_dp > layout.dp:
         what = f"min_dp {spec.elastic.min_dp} is more than the {layout.dp} replicas of the layout"
         yield Problem(path=("elastic", "min_dp"), what=what, next=f"At most {layout.dp}.")
@@ -71,8 +74,20 @@ def model_problems(model: ModelShape) -> Iterator[Problem]:
         yield Problem(path=_MODEL, what=what, next=_divisors(model.heads, "kv_heads", near=model.kv_heads))
 
 
-def cuts(model: ModelShape, layout: Layout) -> Iterator[str]:
-    """Why the built-in trainer cannot cut the model so; nothing if it can."""
+def _pipeline_problems(pipeline: Pipeline, layout: Layout) -> Iterator[Problem]:
+    """What is wrong with it for every model."""
+    if pipeline.schedule == "1f1b" and pipeline.chunks > 1:
+        next_ = "Choose the schedule interleaved or gpipe."
+        yield Problem(path=_PIPELINE, what=f"1f1b knows one chunk a rank, not {pipeline.chunks}", next=next_)
+    elif pipeline.chunks > 1 and layout.pp == 1:
+        what = f"{pipeline.chunks} chunks a rank, and pp 1: there is nobody to take turns with"
+        yield Problem(path=_PIPELINE, what=what, next="Give parallelism.pp, or leave the pipeline out.")
+
+
+def cuts(
+    model: ModelShape, layout: Layout, pipeline: Pipeline = _ONE_CHUNK, batch: Batch | None = None
+) -> Iterator[str]:
+    """Why the built-in trainer cannot cut the model and its sequences so; nothing if it can."""
     for noun, count in (
         ("heads", model.heads),
         ("KV heads", model.kv_heads),
@@ -81,20 +96,38 @@ def cuts(model: ModelShape, layout: Layout) -> Iterator[str]:
     ):
         if count % layout.tp:
             yield f"tp {layout.tp} does not divide {count:,} {noun}"
-    if layout.pp > model.layers:
-        yield f"pp {layout.pp} is more stages than the model's {model.layers} layers"
-    if layout.cp > 1:
-        yield f"cp {layout.cp}: the built-in trainer has no context parallelism yet"
+    stages, parts = layout.pp * pipeline.chunks, model.layers + 2
+    if stages > parts:
+        of = f" with {pipeline.chunks} chunks each" if pipeline.chunks > 1 else ""
+        yield f"pp {layout.pp}{of} is more stages than {model.layers} layers, embedding and output"
+    if pipeline.chunks > 1 and layout.pp == 1:
+        yield f"pp 1 has no use for {pipeline.chunks} chunks"
+    if batch is None:
+        return
+    if layout.cp > 1 and batch.seq % (2 * layout.cp):
+        yield f"cp {layout.cp} cuts {batch.seq:,} tokens into {2 * layout.cp} chunks, which are not equal"
+    elif (tokens := batch.seq * batch.micro_batch // layout.cp) % layout.tp:
+        yield f"tp {layout.tp} does not divide the {tokens:,} tokens of a micro-batch on a rank"
 
 
 def nearest_layouts(
-    model: ModelShape | None, batch: Batch | None, ranks: int, like: Layout, count: int = 3
+    model: ModelShape | None,
+    batch: Batch | None,
+    ranks: int,
+    like: Layout,
+    pipeline: Pipeline = _ONE_CHUNK,
+    *,
+    count: int = 3,
 ) -> tuple[Layout, ...]:
-    """Layouts of `ranks` ranks that fit the model and the batch, those most like `like` first."""
+    """Layouts of `ranks` ranks that fit the model and the batch, those most like `like` first.
+
+    Sequences are cut only where they already were.
+    """
     fitting = [
         layout
         for layout in _factorisations(ranks)
-        if (model is None or not any(cuts(model, layout)))
+        if (layout.cp == 1 or like.cp > 1)
+        and (model is None or not any(cuts(model, layout, pipeline, batch)))
         and (batch is None or (batch.sequences % (layout.dp * batch.micro_batch) == 0))
     ]
     fitting.sort(key=lambda layout: (_distance(layout, like), layout.cp, layout.pp, layout.tp))
@@ -107,7 +140,7 @@ def written(layout: Layout) -> str:
 
 
 def _does_not_multiply_out(
-    layout: Layout, resources: Resources, model: ModelShape | None, batch: Batch | None
+    layout: Layout, resources: Resources, model: ModelShape | None, batch: Batch | None, pipeline: Pipeline
 ) -> Problem:
     ranks = counted(layout.world_size, "rank")
     product = f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp} x cp {layout.cp} = {ranks}"
@@ -115,23 +148,28 @@ def _does_not_multiply_out(
     given = f"{nodes_given} x {gpus} = {resources.ranks:,}"
     nodes, rest = divmod(layout.world_size, resources.gpus_per_node)
     other = f" Or take {counted(nodes, 'node')}." if not rest else ""
-    advice = _nearest(model, batch, resources.ranks, layout) + other
+    advice = _nearest(model, batch, resources.ranks, layout, pipeline) + other
     return Problem(path=("parallelism",), what=f"{product}, but resources give {given}.", next=advice.strip())
 
 
-def _does_not_cut(model: ModelShape, batch: Batch, layout: Layout, resources: Resources) -> Iterator[Problem]:
-    reasons = list(cuts(model, layout))
+def _does_not_cut(
+    model: ModelShape, batch: Batch, layout: Layout, resources: Resources, pipeline: Pipeline
+) -> Iterator[Problem]:
+    reasons = list(cuts(model, layout, pipeline, batch))
     if reasons:
         named = f"the {model.preset} model" if model.preset else "the model"
         what = f"{written(layout)} does not fit {named}: {'; '.join(reasons)}."
-        yield Problem(path=("parallelism",), what=what, next=_nearest(model, batch, resources.ranks, layout))
+        next_ = _nearest(model, batch, resources.ranks, layout, pipeline)
+        yield Problem(path=("parallelism",), what=what, next=next_)
 
 
-def _nearest(model: ModelShape | None, batch: Batch | None, ranks: int, like: Layout) -> str:
-    layouts = nearest_layouts(model, batch, ranks, like)
+def _nearest(
+    model: ModelShape | None, batch: Batch | None, ranks: int, like: Layout, pipeline: Pipeline
+) -> str:
+    layouts = nearest_layouts(model, batch, ranks, like, pipeline)
     which = "Nearest layouts that fit this model" if model else "Nearest layouts"
     if not layouts:
-        layouts = nearest_layouts(model, None, ranks, like)
+        layouts = nearest_layouts(model, None, ranks, like, pipeline)
         which = f"{which}, with another batch"
     if not layouts:
         return f"No layout of {counted(ranks, 'rank')} fits this model."

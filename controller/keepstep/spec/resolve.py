@@ -130,6 +130,11 @@ def _llama(
             eps=optimizer.eps,
             clip=optimizer.clip,
         ),
+        pipeline=job.Pipeline(
+            schedule=section.pipeline.schedule,
+            chunks=section.pipeline.chunks or (2 if section.pipeline.schedule == "interleaved" else 1),
+        ),
+        numerics=job.Numerics(**section.numerics.model_dump()),
         seed=section.seed,
         init_from=_absolute(section.init_from, base),
         **_process(run),

@@ -131,8 +131,50 @@ class OptimizerSection(Section):
     """Largest norm of the whole gradient; 0: not clipped."""
 
 
+class PipelineSection(Section):
+    """How layers are cut into chunks, and in which order these are run; it changes speed and memory only."""
+
+    schedule: Annotated[
+        Literal["1f1b", "gpipe", "interleaved"],
+        BeforeValidator(scalars.one_of("1f1b", "gpipe", "interleaved")),
+        Kind("a word", "1f1b"),
+    ] = "1f1b"
+    """1f1b: backward passes as early as can be, so few activations are held. interleaved: the same with
+    several chunks a rank: fewer idle ranks, more messages. gpipe: all forward passes first."""
+    chunks: Annotated[Whole, Field(ge=1, le=256)] | None = Field(
+        default=None, json_schema_extra={"default_text": "2 for interleaved, else 1"}
+    )
+    """Pieces of the model on each pipeline rank."""
+
+    @classmethod
+    def short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"schedule": scalars.one_of("1f1b", "gpipe", "interleaved")(value)}
+        return super().short(value)
+
+
+class NumericsSection(Section):
+    """What is computed in which precision, twice, or compiled; sums, moments and the loss are always fp32."""
+
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], BeforeValidator(scalars.one_of("auto", "bf16", "fp32")),
+        Kind("a word", "bf16"),
+    ] = "auto"  # fmt: skip
+    """Of weights and activations while computing; auto: bf16 on GPUs, fp32 elsewhere."""
+    recompute: Annotated[
+        Literal["none", "selective", "full"], BeforeValidator(scalars.one_of("none", "selective", "full")),
+        Kind("a word", "selective"),
+    ] = "none"  # fmt: skip
+    """What the backward pass computes again instead of keeping it. selective: what takes no matrices; full:
+    each layer. A layer of 8b at 8,192 tokens keeps 1,142, 773 or 67 MB."""
+    compile: Truth = False
+    """Compile the element-wise parts of each block, with torch.compile; the first step takes longer."""
+    deterministic: Truth = False
+    """The same bits in every run of the same layout, at some cost on GPUs; on CPUs it is always so."""
+
+
 class LlamaSection(Section):
-    """The built-in trainer: Llama 3 with tensor, pipeline and data parallelism."""
+    """The built-in trainer: Llama 3 with tensor, context, pipeline and data parallelism."""
 
     model: ModelSection = ModelSection(preset="debug")
     """The model: the name of a preset (debug, 1b, 8b, 70b, 405b), or the fields themselves."""
@@ -144,6 +186,10 @@ class LlamaSection(Section):
     """How much one step sees."""
     optimizer: OptimizerSection = OptimizerSection()
     """How weights follow from gradients."""
+    pipeline: PipelineSection = PipelineSection()
+    """The pipeline: the name of a schedule, or its fields."""
+    numerics: NumericsSection = NumericsSection()
+    """Precision, memory and speed."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Of the first weights."""
     init_from: SomeText | None = None

@@ -1,8 +1,9 @@
-"""Flat buffers: all parameters of one (pipeline stage, tensor shard) end to end in one vector.
+"""Flat buffers: all parameters of one (pipeline rank, tensor shard) end to end in one vector.
 
     flat index   0 ............ matrices ...... used .. length
                  | 2-D weights  | norm weights | padding |
-    owned by     | dp 0   | dp 1   | dp 2   | dp 3       |     equal consecutive ranges
+    owned by     | cp 0            | cp 1                |     equal consecutive ranges, and of each of them
+                 | dp 0   | dp 1   | dp 0   | dp 1       |     equal ranges again
 
 Matrices come first: they are cut over the tensor parallel ranks and decay; norm weights come last: every
 tensor parallel rank has them whole and they do not decay. So either kind is one slice.
@@ -51,7 +52,7 @@ class FlatParameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatIndex:
-    """The table of one (pipeline stage, tensor shard), the same on all its replicas."""
+    """The table of one (pipeline rank with all its chunks, tensor shard), the same on all its replicas."""
 
     parameters: tuple[FlatParameter, ...]
     matrices: int  # where norm weights start
@@ -59,12 +60,17 @@ class FlatIndex:
     length: int
     replicas: int  # that the job asked for; the present dp divides it
     dp: int
+    cp: int
+    cp_rank: int
 
     @classmethod
-    def of(cls, shape: ModelShape, layout: Layout, at: Coordinates, *, replicas: int = 0) -> "FlatIndex":
+    def of(
+        cls, shape: ModelShape, layout: Layout, at: Coordinates, *, replicas: int = 0, chunks: int = 1
+    ) -> "FlatIndex":
         replicas = replicas or layout.dp
-        check_layout(shape, layout, replicas)
-        sizes = list(stage_sizes(shape, layout.pp, at.pp))
+        check_layout(shape, layout, replicas, chunks)
+        stages = layout.pp * chunks
+        sizes = [s for stage in range(at.pp, stages, layout.pp) for s in stage_sizes(shape, stages, stage)]
         ordered = [s for s in sizes if len(s[1]) > 1] + [s for s in sizes if len(s[1]) == 1]
         parameters, offset, matrices = [], 0, 0
         for name, size in ordered:
@@ -79,19 +85,26 @@ class FlatIndex:
             parameters.append(placed)
             offset += placed.numel
             matrices = offset if dim is not None else matrices
-        unit = replicas * ALIGNMENT
+        unit = layout.cp * replicas * ALIGNMENT
         return cls(
             parameters=tuple(parameters), matrices=matrices, used=offset, length=-(-offset // unit) * unit,
-            replicas=replicas, dp=layout.dp,
+            replicas=replicas, dp=layout.dp, cp=layout.cp, cp_rank=at.cp,
         )  # fmt: skip
 
     @property
     def shard(self) -> int:
-        """Elements that each replica owns."""
-        return self.length // self.dp
+        """Elements that each rank owns."""
+        return self.length // (self.cp * self.dp)
+
+    @property
+    def segment(self) -> range:
+        """What the replicas of this context parallel rank share: the same however many there are."""
+        size = self.length // self.cp
+        return range(self.cp_rank * size, (self.cp_rank + 1) * size)
 
     def owned(self, dp_rank: int) -> range:
-        return range(dp_rank * self.shard, (dp_rank + 1) * self.shard)
+        start = self.segment.start + dp_rank * self.shard
+        return range(start, start + self.shard)
 
     def __getitem__(self, name: str) -> FlatParameter:
         return next(p for p in self.parameters if p.name == name)
@@ -105,8 +118,8 @@ class FlatState:
         shard = index.shard
         self.state = torch.zeros(3 * shard, device=device)
         self.master, self.exp_avg, self.exp_avg_sq = torch.split(self.state, shard)
-        # One replica in fp32 computes with the master weights themselves: nothing to copy after an update.
-        self.shared = index.dp == 1 and dtype == torch.float32
+        # Who owns everything in fp32 computes with the master weights themselves: nothing to copy.
+        self.shared = index.dp * index.cp == 1 and dtype == torch.float32
         self.weights = self.master if self.shared else torch.zeros(index.length, device=device, dtype=dtype)
         self.grads = torch.zeros(index.length, device=device)  # fp32: sums of many micro-batches
 
@@ -126,17 +139,24 @@ class FlatState:
         return buffer[first.offset : stop].view(rows, *first.shape[1:])
 
 
-def stage_layers(layers: int, pp: int, stage: int) -> range:
-    """The layers of a pipeline stage: as equal as can be, the later stages taking what is over."""
-    return range(layers * stage // pp, layers * (stage + 1) // pp)
+def stage_layers(layers: int, stages: int, stage: int) -> range:
+    """The layers of a (virtual) stage: equally many where that can be.
+
+    Else embedding and output count as a layer each, as in the paper (section 3.3.2): 126 layers on 16 stages
+    are 7, 8 ... 8, 7. What is over goes to the later stages.
+    """
+    if layers % stages == 0:
+        return range(layers // stages * stage, layers // stages * (stage + 1))
+    first, stop = ((layers + 2) * k // stages - 1 for k in (stage, stage + 1))
+    return range(max(0, first), min(layers, stop))
 
 
-def stage_sizes(shape: ModelShape, pp: int, stage: int) -> list[tuple[str, tuple[int, ...]]]:
+def stage_sizes(shape: ModelShape, stages: int, stage: int) -> list[tuple[str, tuple[int, ...]]]:
     """Names and global shapes of the parameters of a stage, in the order of the forward pass."""
-    mine = {f"layers.{layer}" for layer in stage_layers(shape.layers, pp, stage)}
+    mine = {f"layers.{layer}" for layer in stage_layers(shape.layers, stages, stage)}
     if stage == 0:
         mine.add("embedding")
-    if stage == pp - 1:
+    if stage == stages - 1:
         mine |= {"norm", "output"}
     return [(name, size) for name, size in shape.sizes() if _block(name) in mine]
 
@@ -152,7 +172,7 @@ def tp_dim(name: str) -> int | None:
             return 0  # column parallel; embedding and output are cut along the vocabulary
 
 
-def check_layout(shape: ModelShape, layout: Layout, replicas: int) -> None:
+def check_layout(shape: ModelShape, layout: Layout, replicas: int, chunks: int = 1) -> None:
     """InputError if the model cannot be cut this way."""
 
     def refuse(what: str, why: str) -> None:
@@ -166,10 +186,11 @@ def check_layout(shape: ModelShape, layout: Layout, replicas: int) -> None:
     ):
         if count % layout.tp:
             refuse(f"tensor parallel {layout.tp} does not fit", f"it does not divide {count:,} {noun}")
-    if shape.layers < layout.pp:
-        refuse(f"pipeline parallel {layout.pp} does not fit", f"the model has {shape.layers} layers")
-    if layout.cp != 1:
-        refuse(f"context parallel {layout.cp} does not fit", "the built-in trainer has none yet")
+    if shape.layers + 2 < layout.pp * chunks:
+        stages = f"pipeline parallel {layout.pp}" + (f" with {chunks} chunks" if chunks > 1 else "")
+        refuse(f"{stages} does not fit", f"the model has {shape.layers} layers, embedding and output")
+    if chunks > 1 and layout.pp == 1:
+        refuse(f"{chunks} chunks do not fit", "there is one pipeline rank")
     if replicas % layout.dp:
         refuse(f"{layout.dp} replicas do not fit", f"they do not divide the {replicas} that were asked for")
     if shape.dim % shape.heads or shape.head_dim % 2:

@@ -12,7 +12,9 @@ from keepstep.core.errors import InputError
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
+from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, Numerics
 from keepstep.llama.optimizer import OptimizerConfig
+from keepstep.llama.schedule import ONE_CHUNK, SCHEDULES, Pipeline
 from keepstep.llama.shape import ModelShape
 
 COLLECTIVE_TIMEOUT_S = 600.0  # hangs are found by the agents, long before
@@ -50,6 +52,8 @@ class TrainJob:
     branches: tuple[Branch, ...]  # the lineage, this attempt included
     init_from: str | None
     timeout_s: float  # of every collective
+    pipeline: Pipeline = ONE_CHUNK
+    numerics: Numerics = PLAIN
     skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
 
     @property
@@ -60,6 +64,11 @@ class TrainJob:
     @property
     def sequences_per_replica(self) -> int:
         return self.sequences // self.replicas
+
+    @property
+    def heads_and_tails(self) -> int:
+        """Chunks that context parallel ranks cut a sequence into."""
+        return 2 * self.layout.cp if self.layout.cp > 1 else 1
 
     @property
     def micro_batches(self) -> int:
@@ -100,6 +109,8 @@ class TrainJob:
                 snapshot_every=(value.get("checkpoint") or {}).get("snapshot_every_steps"),
                 branches=tuple(_branches(value)), init_from=value.get("init_from"),
                 timeout_s=value.get("timeout_s", COLLECTIVE_TIMEOUT_S),
+                pipeline=Pipeline(**(value.get("pipeline") or {})),
+                numerics=Numerics(**(value.get("numerics") or {})),
                 skip_steps=frozenset(value.get("skip_steps") or ()),
             )  # fmt: skip
         except KeyError as error:
@@ -108,12 +119,18 @@ class TrainJob:
         return job
 
     def check(self) -> None:
-        check_layout(self.shape, self.layout, self.replicas)
+        check_layout(self.shape, self.layout, self.replicas, self.pipeline.chunks)
         for number, noun, part, reason in (
             (self.global_tokens, "tokens of a step", self.seq, "the length of a sequence"),
             (self.sequences, "sequences of a step", self.replicas, "the number of replicas"),
             (self.sequences_per_replica, "sequences of a replica", self.micro_batch, "the micro-batch"),
-            (self.micro_batch * self.seq, "tokens of a micro-batch", self.layout.tp, "tensor parallel"),
+            (self.seq, "tokens of a sequence", self.heads_and_tails, "twice context parallel"),
+            (
+                self.micro_batch * self.seq // self.layout.cp,
+                "tokens of a micro-batch on a rank",
+                self.layout.tp,
+                "tensor parallel",
+            ),
         ):
             if number % part:
                 raise InputError(
@@ -126,12 +143,21 @@ class TrainJob:
                 f"sequences of {self.seq:,} tokens are too long", where="batch.seq",
                 why=f"the model has positions up to {self.shape.max_seq:,}", next="Raise model.max_seq.",
             )  # fmt: skip
-        if self.micro_batches < self.layout.pp:
+        self._check_options()
+
+    def _check_options(self) -> None:
+        schedule, chunks = self.pipeline.schedule, self.pipeline.chunks
+        for where, word, known in (
+            ("pipeline.schedule", schedule, SCHEDULES),
+            ("numerics.precision", self.numerics.precision, PRECISIONS),
+            ("numerics.recompute", self.numerics.recompute, RECOMPUTATIONS),
+        ):
+            if word not in known:
+                raise InputError(f"there is no {word!r}", where=where, next=f"Known: {', '.join(known)}.")
+        if schedule == "1f1b" and chunks > 1:
             raise InputError(
-                f"{self.micro_batches} micro-batches do not fill {self.layout.pp} pipeline stages",
-                where="batch",
-                why="1F1B needs at least as many micro-batches as stages",
-                next="Raise global_tokens, or lower seq or the micro-batch.",
+                f"{chunks} chunks a rank", where="pipeline.chunks", why="1f1b knows one",
+                next="Choose the schedule interleaved or gpipe.",
             )  # fmt: skip
 
 

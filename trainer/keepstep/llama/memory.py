@@ -129,9 +129,11 @@ def load(job: TrainJob, state: FlatState, slots: Slots | None, *, dp_rank: int) 
     old, index = job.memory, state.index
     replicas = job.layout.sources(old, dp_rank)
     coordinates = job.layout.coordinates(slots.shape.rank)
-    ranks = [int(old.rank(dp=dp, pp=coordinates.pp, tp=coordinates.tp)) for dp in replicas]
+    ranks = [int(old.rank(dp=dp, pp=coordinates.pp, cp=coordinates.cp, tp=coordinates.tp)) for dp in replicas]
     found = slots.load(ranks, old.world_size, at)
-    shard, owned = index.length // old.dp, index.owned(dp_rank)
+    # Replicas share out the same segment of the vector, however many they are: positions are within it.
+    shard, start = len(index.segment) // old.dp, dp_rank * index.shard
+    owned = range(start, start + index.shard)
     parts = state.state.view(3, -1)
     for dp, held in zip(replicas, found, strict=True):
         theirs = torch.frombuffer(held.payload, dtype=state.state.dtype).view(3, shard)

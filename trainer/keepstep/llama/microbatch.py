@@ -4,6 +4,8 @@ Every stage of a pipeline derives the same micro-batches from (seed, step), so t
 boundaries and positions never travel; only activations do.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +38,11 @@ class MicroBatch:
     scale: float
     cos: Tensor  # [tokens, 1, head_dim/2]
     sin: Tensor
-    spans: tuple[int, ...]  # lengths of the documents, end to end
+    spans: tuple[int, ...]  # lengths of the documents, end to end; of the whole sequences
+    order: Tensor | None = (
+        None  # [all tokens]: where each is among those gathered over context parallel ranks
+    )
+    windows: tuple[tuple[int, int, int], ...] = ()  # see windows_of; empty where no context is cut
     mask: Any = None  # a flex_attention BlockMask on CUDA
 
     def __repr__(self) -> str:
@@ -64,25 +70,70 @@ def targets_of(sequences: Sequences) -> Tensor:
     return targets
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which tokens of each sequence a context parallel rank computes: a chunk of the head, one of the tail.
+
+    Of 2 x size equal chunks rank r has r and its mirror image, so that causal attention, which grows along
+    the sequence, is the same work on every rank (arXiv 2407.21783, section 3.3.2).
+    """
+
+    size: int = 1
+    rank: int = 0
+
+    def chunks(self, seq: int) -> list[range]:
+        """In the sequence; one, the whole, where the rank is alone."""
+        if self.size == 1:
+            return [range(seq)]
+        length = seq // (2 * self.size)
+        return [range(k * length, (k + 1) * length) for k in (self.rank, 2 * self.size - 1 - self.rank)]
+
+    def tokens(self, sequences: int, seq: int) -> Tensor:
+        """Indices into the tokens of all sequences end to end, in the order in which the rank has them."""
+        mine = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks(seq)])
+        return (torch.arange(sequences).unsqueeze(1) * seq + mine).reshape(-1)
+
+    def order(self, sequences: int, seq: int) -> Tensor:
+        """Where each token of the whole is, when the tokens of all ranks lie end to end."""
+        every = [Share(self.size, rank).tokens(sequences, seq) for rank in range(self.size)]
+        return torch.cat(every).argsort()
+
+
+ALL = Share()
+
+
 def micro_batches(
-    sequences: Sequences, targets: Tensor, *, size: int, scale: float, rotation: Rotation, dtype: torch.dtype
+    sequences: Sequences,
+    targets: Tensor,
+    *,
+    size: int,
+    scale: float,
+    rotation: Rotation,
+    dtype: torch.dtype,
+    share: Share = ALL,
 ) -> list[MicroBatch]:
     """Consecutive groups of `size` sequences, on the device of the rotation tables."""
     device = rotation.cos.device
+    seq = targets.shape[1]
     parts = []
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         documents = sequences.documents[rows]
-        cos, sin = rotation.at(sequences.positions[rows].reshape(-1).to(device))
+        count = len(documents)
+        mine = share.tokens(count, seq)
+        cos, sin = rotation.at(sequences.positions[rows].reshape(-1)[mine].to(device))
+        spans = spans_of(documents)
         parts.append(
             MicroBatch(
-                tokens=sequences.tokens[rows, :-1].reshape(-1).to(device),
-                targets=targets[rows].reshape(-1).to(device),
+                tokens=sequences.tokens[rows, :-1].reshape(-1)[mine].to(device),
+                targets=targets[rows].reshape(-1)[mine].to(device),
                 scale=scale,
                 cos=cos.to(dtype),
                 sin=sin.to(dtype),
-                spans=spans_of(documents),
-                mask=_block_mask(documents.to(device)) if device.type == "cuda" else None,
+                spans=spans,
+                order=share.order(count, seq).to(device) if share.size > 1 else None,
+                windows=windows_of(spans, share.chunks(seq), count, seq) if share.size > 1 else (),
+                mask=_block_mask(documents, mine, device) if device.type == "cuda" else None,
             )
         )
     return parts
@@ -97,15 +148,33 @@ def spans_of(documents: Tensor) -> tuple[int, ...]:
     return tuple(lengths.tolist())
 
 
-def _block_mask(documents: Tensor) -> Any:
-    """Causal within runs of equal documents, for flex_attention over all tokens of a micro-batch."""
+def windows_of(
+    spans: Sequence[int], chunks: Sequence[range], sequences: int, seq: int
+) -> tuple[tuple[int, int, int], ...]:
+    """For each run of queries of one chunk and one document: how many, and the keys that the last one sees.
+
+    Keys are counted over all tokens of the micro-batch: from the document's start to the last query.
+    """
+    found = []
+    edges = [0, *itertools.accumulate(spans)]
+    for sequence in range(sequences):
+        for chunk in chunks:
+            first, stop = sequence * seq + chunk.start, sequence * seq + chunk.stop
+            for begin, end in itertools.pairwise(edges):
+                if (last := min(end, stop)) > max(begin, first):
+                    found.append((last - max(begin, first), begin, last))
+    return tuple(found)
+
+
+def _block_mask(documents: Tensor, mine: Tensor, device: torch.device) -> Any:
+    """Causal within runs of equal documents, for flex_attention of this rank's tokens over all tokens."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     starts = torch.ones_like(documents, dtype=torch.int32)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    run = starts.reshape(-1).cumsum(0)
+    run, at = starts.reshape(-1).cumsum(0).to(device), mine.to(device)
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (run[query] == run[key])
+        return (at[query] >= key) & (run[at[query]] == run[key])
 
-    return create_block_mask(visible, None, None, len(run), len(run), device=str(documents.device))
+    return create_block_mask(visible, None, None, len(at), len(run), device=str(device))

@@ -1,6 +1,7 @@
-"""AdamW over flat buffers, each replica updating the range it owns (ZeRO stage 1).
+"""AdamW over flat buffers, each rank updating the range it owns (ZeRO stage 1, over DP x CP).
 
-One update: gradients of all replicas are exchanged so that each owner adds those of its range; a few numbers
+One update: gradients are added over context parallel ranks, each taking one segment; those of all replicas
+are exchanged so that each owner adds those of its range; a few numbers
 are gathered from every rank (loss, squared norm); the owner clips and updates; the new weights are gathered.
 
 Sums are made in a fixed order that does not depend on the present number of replicas. A job that asked for
@@ -22,6 +23,7 @@ from torch import Tensor
 from keepstep.core.errors import InputError
 from keepstep.llama.flat import FlatState
 from keepstep.llama.parallel import Groups
+from keepstep.llama.tensor_parallel import reduce_scatter
 from keepstep.session import Session, current
 
 
@@ -82,8 +84,12 @@ class Gradients:
         if not self.direct and index.replicas > 1:
             shape = (self.mine, index.dp, index.shard)
             self.received = torch.empty(shape, device=state.grads.device)
+        # What is left to share out among the replicas, once context parallel ranks have added theirs.
+        self.segment = state.grads
+        if index.cp > 1:
+            self.segment = torch.empty(len(index.segment), device=state.grads.device)
         self.owned = (
-            state.grads if index.replicas == 1 else torch.empty(index.shard, device=state.grads.device)
+            self.segment if index.replicas == 1 else torch.empty(index.shard, device=state.grads.device)
         )
 
     def collect(self, replica: int) -> None:
@@ -93,15 +99,19 @@ class Gradients:
             self._session.wait("tp")
             dist.all_reduce(state.grads[index.matrices : index.used], group=self.groups.tp)
             self._session.go_on()
+        if index.cp > 1:
+            self._session.wait("cp")
+            reduce_scatter(self.segment, state.grads, self.groups.cp)
+            self._session.go_on()
         if index.dp > 1:
             self._session.wait("dp")
             if self.direct:
-                dist.reduce_scatter_tensor(self.owned, state.grads, group=self.groups.dp)
+                dist.reduce_scatter_tensor(self.owned, self.segment, group=self.groups.dp)
             else:
-                dist.all_to_all_single(self.received[replica].view(-1), state.grads, group=self.groups.dp)
+                dist.all_to_all_single(self.received[replica].view(-1), self.segment, group=self.groups.dp)
             self._session.go_on()
         elif index.replicas > 1 and not self.direct:
-            self.received[replica, 0].copy_(state.grads)
+            self.received[replica, 0].copy_(self.segment)
 
     def sum(self) -> Tensor:
         if not self.direct and self.state.index.replicas > 1:
@@ -124,7 +134,7 @@ class ShardedAdamW:
         owned = index.owned(state.dp_rank)
         self._decaying = max(0, min(index.matrices - owned.start, index.shard))  # elements of the owned range
         # Squared norms per replica-sized piece, in flat order: the same pieces whatever dp is now.
-        piece = index.length // index.replicas
+        piece = len(index.segment) // index.replicas
         stop = index.used if groups.at.tp == 0 else index.matrices  # norms count once
         self._pieces = [
             slice(min(k, stop) - owned.start, min(k + piece, stop) - owned.start)
@@ -169,13 +179,20 @@ class ShardedAdamW:
         state = self.state
         if state.shared:
             return
-        if state.index.dp == 1:
-            state.weights.copy_(state.master)
-            return
-        own = state.master if state.weights.dtype == torch.float32 else state.master.to(state.weights.dtype)
-        self._session.wait("dp")
-        dist.all_gather_into_tensor(state.weights, own, group=self.groups.dp)
-        self._session.go_on()
+        index = state.index
+        segment = state.weights[index.segment.start : index.segment.stop]
+        if index.dp == 1:
+            segment.copy_(state.master)
+        else:
+            own = state.master if state.weights.dtype == torch.float32 else state.master.to(segment.dtype)
+            self._session.wait("dp")
+            dist.all_gather_into_tensor(segment, own, group=self.groups.dp)
+            self._session.go_on()
+        if index.cp > 1:
+            own = segment.clone()
+            self._session.wait("cp")
+            dist.all_gather_into_tensor(state.weights, own, group=self.groups.cp)
+            self._session.go_on()
 
     def _gathered(self, mine: Tensor) -> list[list[float]]:
         """[replicas of this rank, n] of all ranks, in the order of replica, stage, shard."""

@@ -27,6 +27,7 @@ class Groups:
     world: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
     pp: dist.ProcessGroup | None = None
+    cp: dist.ProcessGroup | None = None
     tp: dist.ProcessGroup | None = None
 
     @property
@@ -64,7 +65,7 @@ def join(layout: Layout, device: torch.device, *, timeout_s: float) -> Groups:
 def groups(layout: Layout, rank: int, timeout: timedelta) -> Groups:
     """The groups of a rank, once the default process group is there."""
     world = dist.distributed_c10d._get_default_group()
-    mine: dict[str, dist.ProcessGroup | None] = {"dp": None, "pp": None, "tp": None}
+    mine: dict[str, dist.ProcessGroup | None] = dict.fromkeys(("dp", "pp", "cp", "tp"))
     for dimension in mine:
         if getattr(layout, dimension) == 1:
             continue

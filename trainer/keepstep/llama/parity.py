@@ -49,13 +49,14 @@ class Parity:
             self._stop(Trouble.STATE_CHANGED, step, "weights or moments changed since the update before")
         if not weights:
             self._stop(Trouble.WEIGHTS_CHANGED, step, "gathered weights changed since the update before")
-        if self._groups.dp is not None:
-            self._compare(after[1:], step)
+        for along, group in (("cp", self._groups.cp), ("dp", self._groups.dp)):
+            if group is not None:
+                self._compare(after[1:], step, along, group)
 
-    def _compare(self, mine: Tensor, step: int) -> None:
-        every = mine.new_empty(self._groups.dp.size() if self._groups.dp else 1)
-        self._session.wait("dp")
-        dist.all_gather_into_tensor(every, mine, group=self._groups.dp)
+    def _compare(self, mine: Tensor, step: int, along: str, group: dist.ProcessGroup) -> None:
+        every = mine.new_empty(group.size())
+        self._session.wait(along)
+        dist.all_gather_into_tensor(every, mine, group=group)
         self._session.go_on()
         agreeing = int((every == mine).sum())
         if 2 * agreeing <= len(every) and agreeing < len(every):

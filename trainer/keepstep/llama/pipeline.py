@@ -1,102 +1,111 @@
-"""Running the micro-batches of one replica: in turn where there is one stage, else 1F1B.
+"""Running the micro-batches of one replica through the stages, in the order of a schedule.
 
-1F1B (one forward, one backward; arXiv 2104.04473) is torch.distributed.pipelining's. It is imported only
-where there are several stages: the import costs seconds.
+One executor for every schedule, and for a single stage too. At the end of each tick of the timetable a rank
+sends what it made and posts the receives of what its neighbours made in that tick, as one batch: both sides
+list the same messages in the same order, as NCCL wants it, and data travels while the next pass computes.
 """
 
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.model import Stage
 from keepstep.llama.parallel import Groups
+from keepstep.llama.schedule import Message, Pass, Pipeline, Tick, messages, timetable
 from keepstep.session import Phase, Session
 
 
-class Runner(Protocol):
-    def run(self, batches: list[MicroBatch]) -> Tensor:
-        """Forward and backward of all; their summed loss, zero on all stages but the last."""
-        ...
-
-
-class InTurn:
-    """One stage: forward and backward of each micro-batch."""
-
-    def __init__(self, stage: Stage, session: Session) -> None:
-        self._stage, self._session = stage, session
-
-    def run(self, batches: list[MicroBatch]) -> Tensor:
-        total = torch.zeros((), device=batches[0].tokens.device)
-        for number, batch in enumerate(batches):
-            self._session.phase(Phase.FORWARD, micro_batch=number)
-            loss = self._stage(batch.tokens, batch=batch)
-            self._session.phase(Phase.BACKWARD, micro_batch=number)
-            loss.backward()
-            total += loss.detach()
-        return total
-
-
-class OneForwardOneBackward:
-    """Several stages. All stages run the same number of micro-batches of the same size."""
+class Runner:
+    """Forward and backward of a replica's micro-batches. All of them have the same size."""
 
     def __init__(
-        self, stage: Stage, groups: Groups, session: Session, *, micro_batches: int, edge: Tensor
+        self,
+        stages: Sequence[Stage],
+        groups: Groups,
+        session: Session,
+        *,
+        pipeline: Pipeline,
+        micro_batches: int,
+        edge: Tensor,
     ) -> None:
-        """`edge`: an empty tensor like the activations between stages, [tokens / tp, dim]."""
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+        """`stages`: one a chunk. `edge`: like the activations between stages, [tokens / cp / tp, dim]."""
+        self._stages, self._group, self._session, self._edge = stages, groups.pp, session, edge
+        pp = groups.layout.pp
+        self._rank, self._ring = groups.at.pp, groups.layout.group("pp", groups.rank)
+        self._ticks = timetable([pipeline.passes(pp, rank, micro_batches) for rank in range(pp)])
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._coming: dict[Pass, tuple[dist.Work, Tensor, int]] = {}
+        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (micro-batch, chunk): input, output
 
-        layout, at = groups.layout, groups.at
-        ring = layout.group("pp", groups.rank)
-        previous = -1 if stage.first else ring[at.pp - 1]
-        following = -1 if stage.last else ring[at.pp + 1]
-
-        class MarkedStage(PipelineStage):
-            """Marks each pass in the beacon: first whose data it waits for, then that it has it."""
-
-            def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-                session.phase(Phase.FORWARD, micro_batch=fwd_chunk_id)
-                session.wait("pp", fwd_chunk_id, previous)
-                return super().get_fwd_recv_ops(fwd_chunk_id)
-
-            def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-                session.go_on()
-                return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-            def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
-                session.phase(Phase.BACKWARD, micro_batch=bwd_chunk_id)
-                session.wait("pp", bwd_chunk_id, following)
-                return super().get_bwd_recv_ops(bwd_chunk_id)
-
-            def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-                session.go_on()
-                super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-
-        # Shapes are known, so they are given: nothing is inferred by trial runs and messages.
-        activation = edge.detach().requires_grad_()
-        self._first = stage.first
-        inputs = torch.empty(edge.shape[0] * stage.tp.size, dtype=torch.int64, device=edge.device)
-        self._schedule = Schedule1F1B(
-            MarkedStage(
-                stage, at.pp, layout.pp, edge.device,
-                input_args=(inputs if stage.first else activation,),
-                output_args=(edge.new_empty(()).requires_grad_() if stage.last else activation,),
-                group=groups.pp,
-            ),
-            micro_batches, loss_fn=lambda loss, _target: loss, scale_grads=False,
-        )  # fmt: skip
-
-    def run(self, batches: list[MicroBatch]) -> Tensor:
-        losses: list[Tensor] = []
-        self._schedule.step(
-            arg_mbs=[(batch.tokens,) if self._first else () for batch in batches],
-            kwarg_mbs=[{"batch": batch} for batch in batches],
-            target_mbs=[None] * len(batches),
-            losses=losses,
-            return_outputs=False,
-        )
-        total = torch.zeros((), device=batches[0].tokens.device)
-        for loss in losses:
-            total += loss.detach()
+    def run(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """The summed loss; zero on all ranks but those of the last stage."""
+        total = torch.zeros((), device=self._edge.device)
+        for tick in self._ticks:
+            one, made = tick[self._rank], None
+            if one is not None and one.backward:
+                made = self._backward(one)
+            elif one is not None:
+                made = self._forward(one, batches[one.micro_batch])
+                if self._stages[one.chunk].last:
+                    total += made
+            if len(tick) > 1:
+                self._exchange(tick, made)
+        while self._sent:
+            self._sent.popleft()[0].wait()
         return total
+
+    def _forward(self, one: Pass, batch: MicroBatch) -> Tensor:
+        stage = self._stages[one.chunk]
+        self._session.phase(Phase.FORWARD, micro_batch=one.micro_batch)
+        x = batch.tokens if stage.first else self._received(one).requires_grad_()
+        y = stage(x, batch=batch)
+        self._held[one.micro_batch, one.chunk] = x, y
+        return y.detach()
+
+    def _backward(self, one: Pass) -> Tensor | None:
+        """The gradient of the stage's input; None where there is nobody to send it to."""
+        self._session.phase(Phase.BACKWARD, micro_batch=one.micro_batch)
+        dy = None if self._stages[one.chunk].last else self._received(one)
+        x, y = self._held.pop((one.micro_batch, one.chunk))
+        torch.autograd.backward(y, dy)
+        return x.grad
+
+    def _received(self, one: Pass) -> Tensor:
+        work, x, sender = self._coming.pop(one)
+        self._session.wait("pp", one.micro_batch, self._ring[sender])
+        work.wait()
+        self._session.go_on()
+        return x
+
+    def _exchange(self, tick: Tick, made: Tensor | None) -> None:
+        mine = [m for m in messages(tick, len(self._stages)) if self._rank in (m.sender, m.receiver)]
+        if not mine:
+            return
+        buffers = [self._buffer(message, made) for message in mine]
+        operations = [
+            dist.P2POp(
+                dist.isend if m.sender == self._rank else dist.irecv, buffer, group=self._group,
+                group_peer=m.receiver if m.sender == self._rank else m.sender,
+            )
+            for m, buffer in zip(mine, buffers, strict=True)
+        ]  # fmt: skip
+        works = dist.batch_isend_irecv(operations)
+        if len(works) < len(mine):  # NCCL: one for the whole batch
+            works = works * len(mine)
+        for message, work, buffer in zip(mine, works, buffers, strict=True):
+            if message.sender == self._rank:
+                self._sent.append((work, buffer))
+            else:
+                self._coming[message.to] = work, buffer, message.sender
+        while len(self._sent) > 2 * len(tick):  # long received: its receiver was at this tick long ago
+            self._sent.popleft()[0].wait()
+
+    def _buffer(self, message: Message, made: Tensor | None) -> Tensor:
+        if message.sender != self._rank:
+            return torch.empty_like(self._edge)
+        assert made is not None
+        return made.contiguous()

@@ -23,33 +23,35 @@ from torch.autograd.function import once_differentiable
 from keepstep.session import Session, current
 
 
-class TensorParallel:
-    """The tensor parallel group of this rank; `group` is None where it is alone."""
+class Peers:
+    """The ranks along one dimension; `group` is None where this rank is alone."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, session: Session | None = None) -> None:
-        self.group, self._session = group, session or current()
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, session: Session | None = None, *, along: str = "tp"
+    ) -> None:
+        self.group, self._session, self._along = group, session or current(), along
         self.size = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n, dim] of each rank -> [n * size, dim] on all of them."""
+        """[n, ...] of each rank -> [n * size, ...] on all of them."""
         if self.size == 1:
             return x
         whole = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        self._session.wait("tp")
+        self._session.wait(self._along)
         if x.is_cuda:
             dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
         else:  # faster than gloo's own all-gather for activations of up to 0.5 MB a rank (2 ranks measured)
-            dist.all_to_all_single(whole, x.repeat(self.size, 1), group=self.group)
+            dist.all_to_all_single(whole, x.repeat(self.size, *[1] * (x.dim() - 1)), group=self.group)
         self._session.go_on()
         return whole
 
     def scatter_sum(self, x: Tensor) -> Tensor:
-        """[n * size, dim] -> this rank's [n, dim] of the sum over the ranks."""
+        """[n * size, ...] -> this rank's [n, ...] of the sum over the ranks."""
         if self.size == 1:
             return x
         part = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        self._session.wait("tp")
+        self._session.wait(self._along)
         reduce_scatter(part, x.contiguous(), self.group)
         self._session.go_on()
         return part
@@ -58,7 +60,7 @@ class TensorParallel:
         """In place."""
         assert x.is_contiguous()
         if self.size > 1:
-            self._session.wait("tp")
+            self._session.wait(self._along)
             dist.all_reduce(x, op=op, group=self.group)
             self._session.go_on()
         return x
@@ -94,26 +96,9 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     return plain
 
 
-class _Column(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
-        whole = tp.gather(x)
-        ctx.save_for_backward(whole, weight)
-        ctx.grad, ctx.tp = grad, tp
-        return multiply(whole, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
-        dx = ctx.tp.scatter_sum(multiply(dy, weight.t()))
-        ctx.grad.add_(multiply(dy.t(), x.t()))
-        return dx, None, None, None
-
-
 class _Row(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.grad, ctx.tp = grad, tp
         return tp.scatter_sum(multiply(x, weight))
@@ -127,21 +112,14 @@ class _Row(Function):
         return multiply(dy, weight.t()), None, None, None
 
 
-def column_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
-    """[tokens/tp, in] -> [tokens, out/tp]; grad [out/tp, in] is added to in the backward pass."""
-    return _Column.apply(x, weight, grad, tp)  # type: ignore[no-any-return]
-
-
-def row_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
+def row_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
     """[tokens, in/tp] -> [tokens/tp, out]; grad [out, in/tp] is added to in the backward pass."""
     return _Row.apply(x, weight, grad, tp)  # type: ignore[no-any-return]
 
 
 class _Embedding(Function):
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, tokens: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel
-    ) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, tokens: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
         rows = tokens - tp.rank * weight.shape[0]
         if tp.size > 1:
             foreign = (rows < 0) | (rows >= weight.shape[0])
@@ -163,42 +141,26 @@ class _Embedding(Function):
         return None, None, None, None, None
 
 
-def embedding(tokens: Tensor, weight: Tensor, grad: Tensor, tp: TensorParallel) -> Tensor:
+def embedding(tokens: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
     """tokens [tokens] -> [tokens/tp, dim]; the table is cut along the vocabulary."""
     anchor = torch.zeros((), device=weight.device, requires_grad=True)  # makes autograd call backward
     return _Embedding.apply(anchor, tokens, weight, grad, tp)  # type: ignore[no-any-return]
 
 
-class _CrossEntropy(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: float, tp: TensorParallel) -> Tensor:
-        columns = logits.shape[1]
-        top = tp.all_reduce(logits.amax(dim=1).float(), dist.ReduceOp.MAX)
-        odds = (logits.float() - top.unsqueeze(1)).exp_()
-        index = targets - tp.rank * columns
-        mine = (index >= 0) & (index < columns)
-        index = index.clamp(0, columns - 1).unsqueeze(1)
-        chosen = (logits.gather(1, index).squeeze(1).float() - top) * mine
-        total, chosen = tp.all_reduce(torch.stack((odds.sum(dim=1), chosen)))
-        valid = (targets >= 0).float()
-        ctx.save_for_backward(odds, total, index, mine, valid)
-        ctx.scale, ctx.dtype = scale, logits.dtype
-        loss: Tensor = ((total.log() - chosen) * valid).sum() * scale
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        odds, total, index, mine, valid = ctx.saved_tensors
-        weight = valid * (dy * ctx.scale)
-        grad = odds.mul_((weight / total).unsqueeze(1))
-        grad.scatter_add_(1, index, (-weight * mine).unsqueeze(1))
-        return grad.to(ctx.dtype), None, None, None
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, scale: float, tp: TensorParallel) -> Tensor:
-    """scale times the sum over tokens of -log softmax(logits)[target].
+def cross_entropy(logits: Tensor, targets: Tensor, scale: float, tp: Peers) -> tuple[Tensor, Tensor]:
+    """scale times the sum over tokens of -log softmax(logits)[target], in fp32; and its gradient.
 
     logits [tokens, vocabulary/tp]; targets [tokens], negative where no prediction counts.
     """
-    return _CrossEntropy.apply(logits, targets, scale, tp)  # type: ignore[no-any-return]
+    columns = logits.shape[1]
+    top = tp.all_reduce(logits.amax(dim=1).float(), dist.ReduceOp.MAX)
+    odds = (logits.float() - top.unsqueeze(1)).exp_()
+    index = targets - tp.rank * columns
+    mine = (index >= 0) & (index < columns)
+    index = index.clamp(0, columns - 1).unsqueeze(1)
+    chosen = (logits.gather(1, index).squeeze(1).float() - top) * mine
+    total, chosen = tp.all_reduce(torch.stack((odds.sum(dim=1), chosen)))
+    weight = (targets >= 0) * scale
+    loss = ((total.log() - chosen) * weight).sum()
+    grad = odds.mul_((weight / total).unsqueeze(1)).scatter_add_(1, index, (-weight * mine).unsqueeze(1))
+    return loss, grad.to(logits.dtype)

@@ -1,6 +1,7 @@
 """One rank's trainer: its share of the model, and a step from data to updated weights."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,13 +13,15 @@ from keepstep.core.beacon import Trouble
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.job import TrainJob
-from keepstep.llama.microbatch import Rotation, Sequences, micro_batches, targets_of
-from keepstep.llama.model import Stage
+from keepstep.llama.kernels import Kernels
+from keepstep.llama.microbatch import Rotation, Sequences, Share, micro_batches, targets_of
+from keepstep.llama.model import Means, Stage
+from keepstep.llama.numerics import Numerics
 from keepstep.llama.optimizer import ShardedAdamW, Update
 from keepstep.llama.parallel import Groups
 from keepstep.llama.parity import Parity
-from keepstep.llama.pipeline import InTurn, OneForwardOneBackward, Runner
-from keepstep.llama.tensor_parallel import TensorParallel
+from keepstep.llama.pipeline import Runner
+from keepstep.llama.tensor_parallel import Peers
 from keepstep.session import Phase, Session
 
 # Dense BF16 peaks in FLOP/s, by a part of the device's name (NVIDIA's data sheets, SXM where there are two).
@@ -43,29 +46,39 @@ class Trainer:
         self, job: TrainJob, groups: Groups, source: Source, *, device: torch.device, session: Session
     ) -> None:
         self.job, self.groups, self.source, self.session = job, groups, source, session
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = _dtype(job.numerics, device)
+        if job.numerics.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
+            torch.use_deterministic_algorithms(True)
+            # Nothing here reads what it did not write.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         at = groups.at
-        index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas)
+        index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas, chunks=job.pipeline.chunks)
         self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
         self.optimizer = ShardedAdamW(self.state, groups, job.optimizer, session)
         self.parity = Parity(self.state, groups, session)
         self.rotation = Rotation(job.shape, device)
-        tp = TensorParallel(groups.tp, session)
-        stage = Stage(job.shape, self.state, tp, pp=job.layout.pp, stage=at.pp)
-        self.counts_loss = stage.last and at.tp == 0
-        self.runner: Runner = InTurn(stage, session)
-        if job.layout.pp > 1:
-            edge = torch.empty(
-                job.micro_batch * job.seq // tp.size, job.shape.dim, dtype=self.dtype, device=device
-            )
-            self.runner = OneForwardOneBackward(
-                stage, groups, session, micro_batches=job.micro_batches, edge=edge
-            )
+        tp, cp = Peers(groups.tp, session), Peers(groups.cp, session, along="cp")
+        kernels = Kernels.compiled() if job.numerics.compile else Kernels()
+        means = Means(tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute)
+        self.share = Share(job.layout.cp, at.cp)
+        pp, chunks = job.layout.pp, job.pipeline.chunks
+        stages = [
+            Stage(job.shape, self.state, means, stages=pp * chunks, stage=chunk * pp + at.pp)
+            for chunk in range(chunks)
+        ]
+        self.counts_loss = stages[-1].last and at.tp == 0
+        edge = torch.empty(
+            job.micro_batch * job.seq // (cp.size * tp.size), job.shape.dim, dtype=self.dtype, device=device
+        )
+        self.runner = Runner(
+            stages, groups, session, pipeline=job.pipeline, micro_batches=job.micro_batches, edge=edge
+        )
 
     @property
     def reports(self) -> bool:
         """Whether this is the one rank that prints."""
-        return self.counts_loss and self.groups.at.dp == 0
+        return self.counts_loss and self.groups.at.dp == self.groups.at.cp == 0
 
     def step(
         self,
@@ -89,7 +102,7 @@ class Trainer:
         for replica in range(mine):
             batches = micro_batches(
                 shares[replica], targets[replica], size=job.micro_batch, scale=scale,
-                rotation=self.rotation, dtype=self.dtype,
+                rotation=self.rotation, dtype=self.dtype, share=self.share,
             )  # fmt: skip
             state.grads.zero_()
             loss = self.runner.run(batches)
@@ -144,6 +157,17 @@ class Trainer:
             dist.all_reduce(count, group=self.groups.dp)
             self.session.go_on()
         return max(1, int(count))
+
+
+def _dtype(numerics: Numerics, device: torch.device) -> torch.dtype:
+    """Of weights and activations while computing."""
+    match numerics.precision:
+        case "bf16":
+            return torch.bfloat16
+        case "fp32":
+            return torch.float32
+        case _:
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def peak(device: torch.device) -> float:
