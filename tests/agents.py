@@ -17,8 +17,11 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from keepstep.agent.rank import processes
+from keepstep.agent.rank.marker import bearers
+from keepstep.agent.rank.processes import Process
 from keepstep.wire import messages as wire
-from shims import ENV, WITHIN_S, members
+from shims import ENV, WITHIN_S
 
 TOKEN = "ks_test"  # noqa: S105
 JOB = f"job-{secrets.token_hex(2)}"  # its own: another run of these tests on this machine keeps its ranks
@@ -174,7 +177,10 @@ class Controller:
 
 
 class Agent:
-    """One agent process in a folder; it can be ended and started again."""
+    """One agent process in a folder; it can be ended and started again.
+
+    It is on a leash that this process holds: when a run of tests is killed, its agents end with all they have.
+    """
 
     def __init__(
         self,
@@ -187,14 +193,16 @@ class Agent:
         self.folder, self.node, self._env = folder, node, {**ENV, **(env or {})}
         self._command = [
             sys.executable, "-m", "keepstep.agent", "--dir", str(folder), "--node", node,
-            "--endpoint-file", str(endpoint), "--slots", "8", *options,
+            "--endpoint-file", str(endpoint), "--slots", "8", "--leash", *options,
         ]  # fmt: skip
         self._log = folder.with_suffix(".log")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, env=self._env, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                self._command, env=self._env, stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
 
     @property
     def pid(self) -> int:
@@ -207,7 +215,10 @@ class Agent:
     async def ended(self) -> int:
         assert self._process is not None
         process = self._process
-        return await asyncio.to_thread(process.wait, WITHIN_S)
+        code = await asyncio.to_thread(process.wait, WITHIN_S)
+        assert process.stdin is not None
+        process.stdin.close()
+        return code
 
     async def kill(self) -> None:
         self.signal(signal.SIGKILL)
@@ -219,6 +230,27 @@ class Agent:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    async def clear(self) -> None:
+        """Kill it, and whatever it has left."""
+        if self._process is not None:
+            self._process.kill()
+            await self.ended()
+        for process in left_of(self.folder, self.node):
+            processes.send(process, signal.SIGKILL)
+
+
+def left_of(folder: Path, node: str) -> list[Process]:
+    """Of an agent's: its attempts' processes by their marker, standby servers and carriers by their folder."""
+    launches = [path.parent for path in folder.glob("jobs/*/*/shim.json")]
+    found = bearers(f"{launch.parent.name}/{launch.name}/{node}" for launch in launches)
+    known = {process.pid for process in found}
+    named = os.fsencode(folder) + b"/"
+    for process in processes.table().values():
+        with suppress(OSError):
+            if process.pid not in known and named in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                found.append(process)
+    return [process for process in found if process.alive]
 
 
 @asynccontextmanager
@@ -238,20 +270,9 @@ async def controlled(
         print(agent.said())
         raise
     finally:
-        await _end_everything(agent)
+        await agent.clear()
         with suppress(AttributeError):
             await controller.close()
-
-
-async def _end_everything(agent: Agent) -> None:
-    if agent.running:
-        agent.signal(signal.SIGKILL)
-        await agent.ended()
-    for launch in agent.folder.glob("jobs/*/*/shim.json"):
-        marker = f"{launch.parents[1].name}/{launch.parent.name}/{agent.node}"
-        for pid in members(marker):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 async def until(

@@ -1,11 +1,14 @@
 """A real controller with real agents and ranks, for tests that act as a user would.
 
 Everything runs in a home of its own; `close` ends it and then looks for what was left behind: processes that
-name the home or carry a marker of its jobs, and files in /dev/shm.
+name the home or carry a marker of its jobs, and files in /dev/shm. A guard ends it where the run of the tests
+is killed, or otherwise never comes to that.
 """
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +34,7 @@ class Cluster:
         self.asked = nodes, slots, options
         self.options = service.Options(nodes=nodes, slots=slots, **options)
         self._shm = _shm_files()
+        self._guard = guard(home)
         self.running = self.start()
         self.until(lambda: len(self.connected()) == nodes, f"{nodes} nodes to register")
 
@@ -171,6 +175,8 @@ class Cluster:
         if running_controller(self.home) is None:
             self.start()  # a test may have killed it: the next one ends what it left
         service.stop(self.home, force=True)
+        self._guard.kill()
+        self._guard.communicate()
         deadline = time.monotonic() + 20
         while left := self.left_behind():
             if time.monotonic() > deadline:
@@ -183,11 +189,11 @@ class Cluster:
 
     def left_behind(self) -> dict[int, str]:
         home = f"{self.home.path}/".encode()
-        return {pid: _shown(pid) for pid in _pids() if home in _cmdline(pid)} | self.left_of_attempts()
+        return {pid: shown(pid) for pid in _pids() if home in _cmdline(pid)} | self.left_of_attempts()
 
     def left_of_attempts(self) -> dict[int, str]:
         markers = {m.encode() for node in self._node_names() for m in self._markers(node)}
-        return {pid: _shown(pid) for pid in _pids() if _marker(pid) in markers}
+        return {pid: shown(pid) for pid in _pids() if _marker(pid) in markers}
 
     def _node_names(self) -> list[str]:
         return [path.name for path in self.home.nodes.glob("*")]
@@ -195,6 +201,15 @@ class Cluster:
     def _markers(self, node: str) -> list[str]:
         jobs = (self.home.nodes / node / "jobs").glob("*/*")
         return [f"{path.parent.name}/{path.name}/{node}" for path in jobs]
+
+
+def guard(home: Path) -> "subprocess.Popen[bytes]":
+    """Takes the controller down, with the nodes and jobs that it has here, when this process is no more."""
+    down = [sys.executable, "-m", "keepstep.cli.main", "down", "--force", "--yes"]
+    return subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _; exec "$@"', "sh", *down], env={**os.environ, "KEEPSTEP_HOME": str(home)},
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
 
 
 def _shm_files() -> set[str]:
@@ -216,7 +231,7 @@ def _cmdline(pid: int) -> bytes:
         return b""
 
 
-def _shown(pid: int) -> str:
+def shown(pid: int) -> str:
     return _cmdline(pid).replace(b"\0", b" ").decode(errors="replace")[:200]
 
 

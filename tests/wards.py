@@ -9,7 +9,7 @@ from keepstep.core.rules import TriagePolicy
 from keepstep.core.states import LifeState
 from keepstep.decide.breaker import Sizes
 from keepstep.decide.life import Life
-from keepstep.decide.lifecycle import Situation, validated
+from keepstep.decide.lifecycle import Situation, Step, untested, validated
 from keepstep.decide.triage import Counted, Report, Standing
 from keepstep.decide.ward import Looked, Told, Ward
 from keepstep.spec.rules import load_rules
@@ -103,7 +103,15 @@ class Fleet:
 
     def validated(self, node: str, passed: bool, why: str = "") -> None:
         """The word of a validation."""
-        step = validated(self.life(node), passed=passed, why=why, policy=self.policy, now=self.now)
+        self._moved(
+            node, validated(self.life(node), passed=passed, why=why, policy=self.policy, now=self.now)
+        )
+
+    def untested(self, node: str, why: str) -> None:
+        """The word of a validation that could try nothing."""
+        self._moved(node, untested(self.life(node), why=why, now=self.now))
+
+    def _moved(self, node: str, step: Step) -> None:
         self.take(
             Looked(
                 lives={Node(node): step.life},

@@ -21,7 +21,7 @@ deadlines: {probation: 1s}
 def test_the_sick_node_of_a_pool(
     start: Callable[..., Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (SCRIPTS / "sick", SCRIPTS.parents[1]))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (SCRIPTS / "faults", SCRIPTS.parents[1]))))
     monkeypatch.setenv("SICKNESS", "c:wrong:aten.mm")
     (tmp_path / "policy.yaml").write_text(POLICY)
     cluster = start(nodes=3, slots=1, health_policy=str(tmp_path / "policy.yaml"))
@@ -71,7 +71,7 @@ def test_a_controller_that_dies_in_the_middle_of_a_validation(
     start: Callable[..., Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one waits for the very same trial, and the node returns."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (SCRIPTS / "sick", SCRIPTS.parents[1]))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (SCRIPTS / "faults", SCRIPTS.parents[1]))))
     monkeypatch.setenv("SICKNESS", "a:slow:aten.mm")  # takes a while; there is nobody to compare it with
     (tmp_path / "policy.yaml").write_text(POLICY)
     cluster = start(nodes=2, slots=1, health_policy=str(tmp_path / "policy.yaml"))

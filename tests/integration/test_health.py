@@ -139,6 +139,21 @@ def test_a_policy_with_an_error_is_refused_and_the_old_one_stays(machines: Machi
     assert cluster.client.post("/health/policy/reload") == before
 
 
+def test_a_node_on_which_nothing_can_be_tested_is_kept_for_a_person(machines: Machines) -> None:
+    cluster, node = machines.cluster, NODES[0]
+    cluster.client.post(f"/nodes/{node}/validate", {"reason": "after new cables"})
+    machines.until(node, "validating")
+    before = len(machines.kinds(node))
+    machines.let_validations_end()
+    machines.until(node, "quarantined")
+    reason = machines.node(node)["life_reason"]
+    assert reason.startswith("nothing could be tested: no rank said a word: failed, "), reason
+    assert reason.endswith(f"; mend that, then keepstep node validate {node}")
+    assert cluster.client.get(f"/nodes/{node}/history")["validations"] == []
+    assert machines.kinds(node)[before:] == ["node trial", "node quarantined"]
+    cluster.client.post(f"/nodes/{node}/uncordon", {"reason": "has none, and needs none"})
+
+
 def test_every_row_of_the_xid_table_by_way_of_the_kernels_log(machines: Machines) -> None:
     """With a node out already, the breaker holds this one: so each finding is seen for itself."""
     cluster, (out, node, _) = machines.cluster, NODES

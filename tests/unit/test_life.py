@@ -71,6 +71,35 @@ def test_repairs_that_fail_go_on_to_the_next_one_and_then_to_none() -> None:
     assert "matmul differs on GPU-1" in " ".join(fleet.lines("node quarantined"))
 
 
+@pytest.mark.parametrize("code", [48, 13])  # repaired first; validated at once
+def test_a_node_on_which_nothing_could_be_tested_is_kept_for_a_person(code: int) -> None:
+    fleet = Fleet(policy=HOOKED)
+    fleet.report("a", xid(code, count=2))
+    if code == 13:
+        ask(fleet, "a", "validate")
+    fleet.until(lambda: fleet.state("a") in (LifeState.REPAIRING, LifeState.VALIDATING), 30.0)
+    if code == 48:
+        finish(fleet, "a", Outcome.DONE)
+    assert fleet.state("a") is LifeState.VALIDATING
+    repairs = fleet.life("a").repairs
+
+    fleet.untested("a", "no torch here")
+    for _ in range(2):  # no deadline, no boot and no other controller takes it for sick, or for proven
+        fleet.wait(10 * 86_400.0)
+        fleet.report("a", epoch="boot-2")
+        life = fleet.life("a")
+        assert (life.state, life.repairs) == (LifeState.QUARANTINED, repairs)
+        assert life.reason == (
+            "nothing could be tested: no torch here; mend that, then keepstep node validate a"
+        )
+        fleet.restart()
+
+    ask(fleet, "a", "validate")
+    assert fleet.state("a") is LifeState.VALIDATING
+    fleet.validated("a", False, "matmul differs")  # a verdict is one again
+    assert fleet.state("a") is LifeState.REPAIRING
+
+
 def test_a_repair_that_never_ends_is_given_up_at_its_deadline() -> None:
     fleet = Fleet(policy=HOOKED)
     quarantine(fleet, "a")

@@ -25,7 +25,7 @@ from keepstep.core.states import LifeState, NodeState
 from keepstep.decide.asked import Wish, granted, standing
 from keepstep.decide.breaker import Sizes
 from keepstep.decide.life import Life
-from keepstep.decide.lifecycle import Situation, validated
+from keepstep.decide.lifecycle import Situation, untested, validated
 from keepstep.decide.ward import Looked, Told, Ward
 from keepstep.spec.rules import load_rules
 from keepstep.store import Writer
@@ -48,6 +48,7 @@ class Validation:
     """What one validation of a node came to. `figures`: what it measured, for comparison with others."""
 
     passed: bool
+    tested: bool = True  # False: nothing could be, which says nothing of the node
     text: str = ""
     job: str = ""  # that ran it
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -172,6 +173,8 @@ class Health:
         def change(life: Life) -> Life:
             if life.state is not LifeState.VALIDATING:
                 raise Refused(f"node {node} is not validating", why=f"it is {standing(life)}")
+            if not came.tested:
+                return untested(life, why=came.text, now=self.now).life
             return validated(life, passed=came.passed, why=came.text, policy=self.policy, now=self.now).life
 
         def note(writer: Writer) -> None:
@@ -179,6 +182,9 @@ class Health:
                 node, job=came.job, passed=came.passed, text=came.text, figures=came.figures
             )
 
+        if not came.tested:
+            text = f"nothing could be tested: {came.text}"
+            return await self.change(fleet, node, change, "node quarantined", text, write, who)
         outcome = "passed" if came.passed else "failed"
         text = f"validation {outcome}{f': {came.text}' if came.text else ''}"
         return await self.change(fleet, node, change, "node validated", text, write, who, note)

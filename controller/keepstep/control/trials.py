@@ -59,9 +59,9 @@ class Trials:
         pair: bool = False,
         start_within_s: float | None = None,
     ) -> Came | None:
-        """None: it was not wanted any more, did not start in time, or nothing could be tested.
+        """None: it was not wanted any more, did not start in time, or its ranks' words cannot be read now.
 
-        That is no verdict: torch may be missing on the node, or a person took the node back.
+        Where nothing could be tested, that is told, and is no verdict: torch may be missing on the node.
         """
         controller = self._controller
         member = controller.fleet.members[nodes[0]]
@@ -76,6 +76,8 @@ class Trials:
         if not wanted():
             return None
         said = await self._said(job)
+        if said is None:
+            return None
         judged = Judged(verdict=Verdict.UNTESTED, reason=f"no rank said a word: {job.state}, {job.reason}")
         if said:
             history = await self.history()
@@ -85,7 +87,6 @@ class Trials:
             await controller.write(
                 lambda writer: writer.add_event(NewEvent(kind="node trial", text=text, node=nodes[0]))
             )
-            return None
         log.info("%s: %s is %s: %s", job.id, " and ".join(nodes), judged.verdict, judged.reason)
         return Came(job=job.id, judged=judged)
 
@@ -132,15 +133,17 @@ class Trials:
 
         await self._controller.write(write, about=job.id)
 
-    async def _said(self, job: Job) -> list[Result]:
-        """Of all ranks, as far as their nodes answer."""
+    async def _said(self, job: Job) -> list[Result] | None:
+        """Of all ranks, as far as their nodes answer. None: none does, so nobody knows what they said."""
         if not job.attempt:
             return []
         row: AttemptRow = await self._controller.on_store(self._controller.store.attempt, job.id, job.attempt)
         told = await asyncio.gather(*(self._lines(row, node) for node in row.nodes))
-        return [result for lines in told for result in results(lines)]
+        if all(lines is None for lines in told):
+            return None
+        return [result for lines in told for result in results(lines or [])]
 
-    async def _lines(self, row: AttemptRow, node: Node) -> list[str]:
+    async def _lines(self, row: AttemptRow, node: Node) -> list[str] | None:
         params: dict[str, Any] = {
             "job": row.job, "attempt": row.number, "grep": re.escape(MARK), "max_bytes": _LOGS_BYTES,
         }  # fmt: skip
@@ -156,7 +159,7 @@ class Trials:
                     return lines
         except KeepstepError as problem:
             log.warning("what %s says of %s cannot be read: %s", row.job, node, problem)
-            return lines
+            return lines or None
 
 
 def figures(*came: Came | None) -> dict[str, Any]:

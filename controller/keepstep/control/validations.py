@@ -99,16 +99,20 @@ class Validations:
         alone = await self._trials.run(named("validate", [node], occasion), [node], wanted=wanted, of=of)
         if alone is None:
             return None
+        if alone.judged.verdict is Verdict.UNTESTED:
+            return Validation(passed=False, tested=False, text=alone.judged.reason, job=alone.job)
         if alone.judged.verdict is not Verdict.OK:
             return _validation(alone, f"{alone.judged.verdict}: {alone.judged.reason}", passed=False)
         failed: list[str] = []
+        mute: list[str] = []  # with whom nothing could be tested
         for partner in self._partners(node)[:_PARTNERS]:
             both = [node, partner]
             pair = await self._trials.run(
                 named("validate", both, occasion), both, wanted=wanted, of=of, pair=True,
                 start_within_s=_START_WITHIN_S,
             )  # fmt: skip
-            if pair is None:
+            if pair is None or pair.judged.verdict is Verdict.UNTESTED:
+                mute.append(partner)
                 continue
             if pair.judged.verdict is Verdict.OK:
                 but = f"; not {failed[0]}: that one or the link to it is suspect" if failed else ""
@@ -118,7 +122,8 @@ class Validations:
             return None
         if failed:
             return _validation(alone, "; ".join(failed), passed=False)
-        return _validation(alone, f"{alone.judged.reason}; no partner was idle")
+        but = f"nothing could be tested with {' and '.join(mute)}" if mute else "no partner was idle"
+        return _validation(alone, f"{alone.judged.reason}; {but}")
 
     def _partners(self, node: Node) -> list[Node]:
         """Idle nodes in service like it, those that are not on probation first."""
@@ -188,7 +193,7 @@ class Validations:
         came = await self._trials.run(
             name, nodes, wanted=lambda: health.now < due, start_within_s=_START_WITHIN_S
         )
-        if came is None:
+        if came is None or came.judged.verdict is Verdict.UNTESTED:
             return None
         passed = came.judged.verdict is Verdict.OK
         if not passed:

@@ -95,6 +95,7 @@ class Life:
     out_rack: str = ""
     ticket: str = ""  # that was opened for it
     booted_out: bool = False  # it was booted since then
+    for_person: bool = False  # neither proven nor sick: only a person moves it on from here
     counts: Mapping[str, int] = field(default_factory=dict)  # acted upon, of this epoch
     stands: Mapping[str, Action] = field(default_factory=dict)  # checks acted upon that are not over
     excused: frozenset[str] = frozenset()  # checks that a person knew of when the node was put back
@@ -141,7 +142,7 @@ def moved(
     stands = {} if state is LifeState.VALIDATING else life.stands
     return replace(
         life, stands=stands, state=state, since=now, owner=owner, reason=reason, due=due,
-        revision=life.revision + 1, out_at=now if left else life.out_at,
+        revision=life.revision + 1, out_at=now if left else life.out_at, for_person=False,
     )  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def _not_its_fault(life: Life, now: float) -> Step | None:
 
 
 def _quarantined(life: Life, at: Situation, policy: TriagePolicy, now: float) -> Step | None:
-    if life.by_person:
+    if life.by_person or life.for_person:
         return None
     due = now + policy.deadlines.validate_s
     if life.needs and not life.pressing:
@@ -278,6 +278,17 @@ def validated(life: Life, *, passed: bool, why: str, policy: TriagePolicy, now: 
     clean = replace(life, needs=(), stands={}, plan=Action.NOTHING)
     due = now + policy.deadlines.probation_s
     return _step(clean, LifeEvent.PASS, now, f"its validation passed{said}", due=due)
+
+
+def untested(life: Life, *, why: str, now: float) -> Step:
+    """A validation in which nothing could be tested proves nothing: the node does not return, and no repair
+    of hardware would change that. It stays quarantined, for a person.
+
+    Errors: UnknownTransition where the node is not validating.
+    """
+    how = f"mend that, then keepstep node validate {life.node}"
+    step = _step(life, LifeEvent.FAIL, now, f"nothing could be tested: {why}; {how}")
+    return replace(step, life=replace(step.life, for_person=True))
 
 
 def _failed(life: Life, now: float, why: str, policy: TriagePolicy) -> Step:

@@ -7,11 +7,16 @@ and rank 0 may bind it (somebody else may be faster; the attempt then fails and 
 another).
 """
 
+import importlib
+import importlib.util
 import os
 import signal
 import socket
+import sys
+import types
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from . import spawn
 from .protocol import MARKER, LaunchFile
@@ -87,13 +92,42 @@ class Store:
 
 def serve(listening: int, ready: int, host: str) -> None:
     """Be the store until killed. Ends at once where torch is missing."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
+    store_of_torch = tcp_store()
     port = socket.socket(fileno=os.dup(listening)).getsockname()[1]
-    store = TCPStore(
+    store = store_of_torch(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening
     )  # no world size: whoever comes is served
     os.write(ready, b"listens")
     os.close(ready)
     while store is not None:
         signal.pause()
+
+
+def tcp_store() -> Any:
+    """The class TCPStore. ImportError where torch is missing.
+
+    A store that starts cold takes it from torch's C library alone: the rest of `import torch` costs seconds of
+    a processor, and this process needs nothing of it. Where that library cannot be had by itself (a build that
+    must find CUDA's libraries first, a torch that is cut otherwise), torch is imported as usual.
+    """
+    if "torch" not in sys.modules:
+        with suppress(ImportError, AttributeError):
+            return _of_the_library()
+        for name in _STANDS_IN:
+            sys.modules.pop(name, None)
+    return importlib.import_module("torch.distributed").TCPStore
+
+
+_STANDS_IN = ("torch.distributed", "torch")
+
+
+def _of_the_library() -> Any:
+    """The library looks its packages up when it is loaded, so empty ones stand in for them."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.submodule_search_locations is None:
+        raise ModuleNotFoundError("there is no torch")
+    for name in reversed(_STANDS_IN):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["torch"].__path__ = list(found.submodule_search_locations)
+    importlib.import_module("torch._C")._c10d_init()
+    return importlib.import_module("torch._C._distributed_c10d").TCPStore

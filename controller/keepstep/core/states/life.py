@@ -5,7 +5,7 @@ Each state has an owner, a deadline and a way back:
     suspect      triage's; cleared when its evidence is gone for good, validated after `suspect`
     cordoned     its job's, which ends by itself, or is drained after `idle`; a person's has no deadline
     draining     its job's, which moves when a spare stands by, and is ended at the drain's deadline
-    quarantined  the next repair's; a person's, where no hook can do it
+    quarantined  the next repair's; a person's, where no hook can do it, or nothing could be tested
     repairing    the hook's, for its own time and `return`; then validated, or the next repair
     validating   a small job of keepstep's own, for `validate`; then probation, or the next repair
     probation    time's: it works, and is looked at more strictly; healthy after `probation`
@@ -39,7 +39,7 @@ class LifeEvent(StrEnum):
     EMPTY = "empty"  # nothing of any job is left on it
     REPAIR = "repair"
     REPAIRED = "repaired"
-    FAIL = "fail"  # the repair or the validation
+    FAIL = "fail"  # the repair or the validation; or there was nothing to validate it by
     VALIDATE = "validate"
     PASS = "pass"  # noqa: S105 - of a validation
     PROVE = "prove"

@@ -5,6 +5,8 @@ On PYTHONPATH of a job under test. The trainer itself is unchanged: its class is
 With the kind `asked` a rank is held up as DISTURB_FOLDER/asked says at each step: `data`, `gc`, or nothing.
 With `zeros` three batches come from a file that lost its content, in every attempt; in those that
 DISTURB names the next one does not come at all.
+
+SICKNESS does the same to the devices of validations: see tests/sickness.py, which must be in reach.
 """
 
 import gc
@@ -21,7 +23,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-TRAINER = "keepstep.llama.trainer"
 ROTTEN = 3  # batches
 FLIPPED = {"flip weights": "weights", "flip owned": "master", "flip moment": "exp_avg"}  # of its state
 
@@ -155,13 +156,26 @@ def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
     return faulty
 
 
+def disturbed(module: ModuleType) -> None:
+    module.Trainer.step = wrap(module.Trainer.step)
+
+
+def sick(_: ModuleType) -> None:
+    from sickness import fall_sick
+
+    fall_sick()
+
+
 class Finder:
-    """Lets the trainer's module be found as usual, and wraps what it defines."""
+    """Lets one module be found as usual, and does something to it when it has been imported."""
+
+    def __init__(self, wanted: str, then: Callable[[ModuleType], None]) -> None:
+        self._wanted, self._then = wanted, then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != TRAINER:
+        if name != self._wanted:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -170,11 +184,13 @@ class Finder:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            module.Trainer.step = wrap(module.Trainer.step)
+            self._then(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 if "DISTURB" in os.environ:
-    sys.meta_path.insert(0, Finder())
+    sys.meta_path.insert(0, Finder("keepstep.llama.trainer", disturbed))
+if "SICKNESS" in os.environ:
+    sys.meta_path.insert(0, Finder("keepstep.validate.run", sick))

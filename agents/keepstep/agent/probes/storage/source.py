@@ -21,6 +21,7 @@ from keepstep.wire.health import Check
 
 _TRIAL = Path(__file__).with_name("trial.py")
 _AT_ONCE = 4
+_REAP_WITHIN_S = 1.0  # a killed process takes milliseconds, on a busy machine more; one that hangs, for ever
 
 
 @dataclass(slots=True)
@@ -70,10 +71,15 @@ class Trials:
         return [n for n, f in self._folders.items() if f.answer and f.answer.hangs_s >= self._limits.hang_s]
 
     def end(self) -> None:
-        for folder in self._folders.values():
-            if folder.process is not None:
-                folder.process.kill()
-                _close(folder.process)
+        """Kill what runs, and reap it; but for what the kernel does not let go."""
+        running = [folder.process for folder in self._folders.values() if folder.process is not None]
+        for process in running:
+            process.kill()
+        until = self._clock.monotonic() + _REAP_WITHIN_S
+        for process in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - self._clock.monotonic()))
+            _close(process)
 
     def _begin(self, name: str, folder: _Folder, now: float) -> None:
         command = [sys.executable, "-I", "-S", str(_TRIAL), name, str(self._limits.size), str(getpid())]
