@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
     )
     add("--standby-context", action="store_true", help="such processes create their CUDA contexts ahead")
     add(
-        "--standby-linger", type=float, default=60.0, metavar="SECONDS", help="kept without a job for so long"
+        "--standby-linger", type=float, default=300.0, metavar="SECONDS", help="kept so long without a job"
     )
     add("--standby-memory", type=float, metavar="GIB", help="of all standby servers together [no limit]")
     add(

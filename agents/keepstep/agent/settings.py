@@ -50,7 +50,7 @@ class AgentSettings:
     standby_bytes_max: int | None = None  # of all standby servers; over it ranks start cold. None: no limit
     standby_processes: bool | None = None  # started ahead for each rank, not forked; None: on GPUs
     standby_context: bool = False  # each of them creates its CUDA context: some hundred MB of its GPU
-    standby_linger_s: float = 60.0  # for the next job like the last one
+    standby_linger_s: float = 300.0  # for the next job like the last one: scripts are edited and run again
     spool_bytes: int = 16 << 20  # of unacknowledged events; the oldest go first, and the gap is told
     snapshot_bytes: int | None = None  # of one rank's slots in memory, at most; None: half of what is free
     history: History = History()
