@@ -47,9 +47,7 @@ def parse(arguments: list[str] | None = None) -> AgentSettings:
         help="what ranks are made from: forks of one process, or one for each rank [processes on GPUs]",
     )
     add("--standby-context", action="store_true", help="such processes create their CUDA contexts ahead")
-    add(
-        "--standby-linger", type=float, default=300.0, metavar="SECONDS", help="kept so long without a job"
-    )
+    add("--standby-linger", type=float, default=300.0, metavar="SECONDS", help="kept so long without a job")
     add("--standby-memory", type=float, metavar="GIB", help="of all standby servers together [no limit]")
     add(
         "--exit-when-orphaned", type=float, metavar="SECONDS", help="without controller and ranks for so long"
