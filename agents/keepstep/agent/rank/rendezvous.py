@@ -106,9 +106,9 @@ def serve(listening: int, ready: int, host: str) -> None:
 def tcp_store() -> Any:
     """The class TCPStore. ImportError where torch is missing.
 
-    A store that starts cold takes it from torch's C library alone: the rest of `import torch` costs seconds of
-    a processor, and this process needs nothing of it. Where that library cannot be had by itself (a build that
-    must find CUDA's libraries first, a torch that is cut otherwise), torch is imported as usual.
+    A store that starts cold takes it from torch's C library alone: the rest of `import torch` costs seconds
+    of a processor, and this process needs nothing of it. Where that library cannot be had by itself (a build
+    that must find CUDA's libraries first, a torch that is cut otherwise), torch is imported as usual.
     """
     if "torch" not in sys.modules:
         with suppress(ImportError, AttributeError):
