@@ -179,7 +179,7 @@ class Controller:
 class Agent:
     """One agent process in a folder; it can be ended and started again.
 
-    It is on a leash that this process holds: when a run of tests is killed, its agents end with all they have.
+    It is on a leash that this process holds: when tests are killed, agents end what is theirs and go.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Agent:
 
 
 def left_of(folder: Path, node: str) -> list[Process]:
-    """Of an agent's: its attempts' processes by their marker, standby servers and carriers by their folder."""
+    """Of an agent: its attempts' processes by their marker, standby servers and carriers by their folder."""
     launches = [path.parent for path in folder.glob("jobs/*/*/shim.json")]
     found = bearers(f"{launch.parent.name}/{launch.name}/{node}" for launch in launches)
     known = {process.pid for process in found}

@@ -207,8 +207,9 @@ def guard(home: Path) -> "subprocess.Popen[bytes]":
     """Takes the controller down, with the nodes and jobs that it has here, when this process is no more."""
     down = [sys.executable, "-m", "keepstep.cli.main", "down", "--force", "--yes"]
     return subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; exec "$@"', "sh", *down], env={**os.environ, "KEEPSTEP_HOME": str(home)},
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        ["/bin/sh", "-c", 'read -r _; exec "$@"', "sh", *down], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "KEEPSTEP_HOME": str(home)},
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from cluster import Cluster, shown
 from keepstep.agent.probes.xid.kmsg import seconds_since_boot
 from nvml_standin import Standin
 
-
 NO_TORCH = """
 import fcntl
 with open({held!r}) as file:

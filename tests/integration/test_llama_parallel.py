@@ -8,13 +8,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 TESTS = Path(__file__).parents[1]
-STEPS = 20
+STEPS = 8  # it learns in these, and a rule left out is seen
+LONG = 20  # of the layouts that the slow suite adds
+FEW = 4  # for what must be the same to the bit, or not: the first update shows it already
 
 
 class Gangs:
@@ -57,8 +61,19 @@ def gangs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def alone(gangs: Gangs) -> dict[str, Any]:
-    return gangs.run("1x1x1")
+def once(gangs: Gangs) -> Callable[[str, int], dict[str, Any]]:
+    """So many steps of a layout, trained once for all tests."""
+    return cache(lambda layout, steps: gangs.run(layout, steps=steps))
+
+
+@pytest.fixture(scope="module")
+def alone(once: Callable[[str, int], dict[str, Any]]) -> dict[str, Any]:
+    return once("1x1x1", STEPS)
+
+
+@pytest.fixture(scope="module")
+def few(once: Callable[[str, int], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    return lambda layout: once(layout, FEW)
 
 
 def distance(one: dict[str, Any], other: dict[str, Any], what: str) -> float:
@@ -67,7 +82,8 @@ def distance(one: dict[str, Any], other: dict[str, Any], what: str) -> float:
 
 def laid_out(layout: str, *, slow: bool = False, **options: Any) -> Any:
     name = "-".join([layout, *(str(v) for part in options.values() for v in part.values())])
-    return pytest.param(layout, options, marks=pytest.mark.slow if slow else (), id=name)
+    steps = LONG if slow else STEPS
+    return pytest.param(layout, steps, options, marks=pytest.mark.slow if slow else (), id=name)
 
 
 def pipeline(schedule: str, chunks: int = 1) -> dict[str, Any]:
@@ -97,12 +113,16 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "options"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "steps", "options"), LAYOUTS)
 def test_every_layout_trains_like_one_process(
-    gangs: Gangs, alone: dict[str, Any], layout: str, options: dict[str, Any]
+    gangs: Gangs,
+    once: Callable[[str, int], dict[str, Any]],
+    layout: str,
+    steps: int,
+    options: dict[str, Any],
 ) -> None:
-    found = gangs.run(layout, **options)
-    assert len(found["losses"]) == STEPS
+    alone, found = once("1x1x1", steps), gangs.run(layout, steps=steps, **options)
+    assert len(found["losses"]) == steps
     assert found["losses"][-1] < found["losses"][0] - 0.3, "it must learn, or equality shows nothing"
     assert distance(found, alone, "losses") < 1e-5
     assert distance(found, alone, "norms") < 1e-4
@@ -127,34 +147,34 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[what] == other[what] for what in ("losses", "norms", "weights"))
 
 
-def test_a_rerun_is_the_same_bit_by_bit(gangs: Gangs) -> None:
-    assert same(gangs.run("2x2x2", steps=6), gangs.run("2x2x2", steps=6))
+def test_a_rerun_is_the_same_bit_by_bit(gangs: Gangs, few: Callable[[str], dict[str, Any]]) -> None:
+    assert same(gangs.run("2x2x2", steps=FEW), few("2x2x2"))
 
 
-def test_another_number_of_replicas_is_not_the_same_bit_by_bit(gangs: Gangs) -> None:
+def test_another_number_of_replicas_is_not_the_same_bit_by_bit(few: Callable[[str], dict[str, Any]]) -> None:
     """So the next test can fail: without the old replicas kept apart, sums are made in another order."""
-    assert not same(gangs.run("4x1x1", steps=6), gangs.run("1x1x1", steps=6))
+    assert not same(few("4x1x1"), few("1x1x1"))
 
 
 @pytest.mark.parametrize(
     ("asked", "left"), [("4x1x1", ("2x1x1", "1x1x1")), ("2x2x2", ("1x2x2",)), ("2x1x2x1", ("1x1x2x1",))]
 )
 def test_fewer_replicas_give_the_bits_of_the_number_asked_for(
-    gangs: Gangs, asked: str, left: tuple[str, ...]
+    gangs: Gangs, few: Callable[[str], dict[str, Any]], asked: str, left: tuple[str, ...]
 ) -> None:
-    whole = gangs.run(asked, steps=6)
+    whole = few(asked)
     for layout in left:
-        assert same(gangs.run(layout, steps=6, replicas=int(asked[0])), whole), layout
+        assert same(gangs.run(layout, steps=FEW, replicas=int(asked[0])), whole), layout
 
 
 def test_a_checkpoint_of_one_layout_goes_on_in_others(gangs: Gangs, tmp_path: Path) -> None:
     folder = str(tmp_path / "job")
-    whole = gangs.run("2x2x2", steps=10)
-    gangs.run("2x2x2", steps=10, stop_at=5, checkpoint=folder)
+    whole = gangs.run("2x2x2", steps=6)
+    gangs.run("2x2x2", steps=6, stop_at=3, checkpoint=folder)
     for layout in ("2x2x2", "1x1x1", "4x1x2", "2x1x2x1"):
-        rest = gangs.run(layout, steps=10, restore=5, checkpoint=folder, replicas=0)
-        assert len(rest["losses"]) == 5
-        worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][5:], strict=True))
+        rest = gangs.run(layout, steps=6, restore=3, checkpoint=folder, replicas=0)
+        assert len(rest["losses"]) == 3
+        worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][3:], strict=True))
         assert worst == 0.0 if layout == "2x2x2" else worst < 1e-5, layout
 
 

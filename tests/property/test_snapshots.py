@@ -100,6 +100,7 @@ class Explorer:
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.seen: set[World] = set()
+        self._known: dict[object, tuple[Rank, ...]] = {}  # what a rank may do next, by all that it depends on
 
     def search(self) -> str:
         """What was lost first, or nothing."""
@@ -138,21 +139,25 @@ class Explorer:
 
     def _point(self, world: World, lost: tuple[int, ...]) -> Stamp | None:
         """The newest state on the chain that every rank has somewhere, were these nodes lost."""
-        common: set[Stamp] | None = None
+        common: frozenset[Stamp] | None = None
         count = len(world.ranks)
         for k, rank in enumerate(world.ranks):
             held: Stamps = () if k in lost else rank.own.at
             if self.rules.buddies and (k + 1) % count not in lost:
                 held += rank.copy.at
-            made = {state for at in held if at and (state := _made(at, world.lineage))}
+            made = _all_made(held, world.lineage)
             common = made if common is None else common & made
         return max(common or (), default=None, key=lambda at: at.step)
 
     # ---------------------------------------------------------------- what may come
 
     def _following(self, world: World) -> Iterator[World]:
+        told = tuple((rank.step, rank.entered, rank.says) for rank in world.ranks)
         for k, rank in enumerate(world.ranks):
-            for after in self._steps(world, rank):
+            known = rank, told, world.attempt
+            if known not in self._known:
+                self._known[known] = tuple(self._steps(world, rank))
+            for after in self._known[known]:
                 ranks = tuple(after if n == k else other for n, other in enumerate(world.ranks))
                 sealed = max(world.sealed, after.sealed.step if after.sealed else -1)
                 yield world._replace(ranks=ranks, sealed=sealed)
@@ -253,6 +258,11 @@ class Explorer:
             assert number is not None
             stamps = tuple(Stamp(attempt, fetched.step) if k == number else at for k, at in enumerate(stamps))
         return Slots(stamps)
+
+
+@cache
+def _all_made(held: Stamps, lineage: Lineage) -> frozenset[Stamp]:
+    return frozenset(state for at in held if at and (state := _made(at, lineage)))
 
 
 @cache

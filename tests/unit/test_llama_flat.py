@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.optim.adamw import adamw
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from keepstep.core.errors import InputError
 from keepstep.core.layout import Layout
@@ -127,9 +127,11 @@ def test_an_update_is_that_of_torch(clip: float) -> None:
         norm = torch.nn.utils.clip_grad_norm_(theirs.values(), clip or math.inf)
         with torch.no_grad():
             for name, parameter in theirs.items():
+                clipped = parameter.grad
+                assert clipped is not None
                 # What torch.optim.AdamW calls. To make one of these imports the compiler, for seconds.
                 adamw(
-                    [parameter], [parameter.grad], [moments[name][0]], [moments[name][1]], [], [steps[name]],
+                    [parameter], [clipped], [moments[name][0]], [moments[name][1]], [], [steps[name]],
                     foreach=False, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=1e-2,
                     weight_decay=0.3 if parameter.dim() == 2 else 0.0, eps=config.eps, maximize=False,
                 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Where a cold store has its class from: torch's library alone if that will do, else all of torch.
 
-In interpreters of their own, since what is imported once stays. Packages stand in for builds of torch that this
-machine does not have; tests/integration/test_shim.py has stores of the real one.
+In interpreters of their own, since what is imported once stays. Packages stand in for builds of torch that
+this machine does not have; tests/integration/test_shim.py has stores of the real one.
 """
 
 import os
