@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,16 @@ class Words:
 
     name, vocabulary, sliceable = "words", 1 << 33, False
     bos, eos, pad = 1 << 32, (1 << 32) + 1, (1 << 32) + 2
+    special: Mapping[str, int] = {}
+    stops: frozenset[int] = frozenset()
 
     def encode(self, text: bytes) -> Tokens:
         return np.array(
             [int.from_bytes(text[k : k + 4], "big") for k in range(0, len(text), 4)], dtype=np.int64
         )
+
+    def raw(self, tokens: Tokens) -> bytes:
+        raise NotImplementedError
 
     def decode(self, tokens: Tokens) -> str:
         raise NotImplementedError
