@@ -61,6 +61,10 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
         (Entry("spec", "specs", "The job file: schema, check, explain a field.", group=True),),
     ),
     (
+        "Model",
+        (Entry("generate", "trainer", "Let a trained model continue texts, from a checkpoint or weights."),),
+    ),
+    (
         "Service",
         (
             Entry("up", "up", "Start a controller with local nodes on this machine."),
