@@ -88,7 +88,7 @@ def test_documents_and_positions_follow_the_tokens(texts: Path) -> None:
 def test_an_epoch_predicts_every_token_once(texts: Path) -> None:
     """Put back in the order of the stream, targets are the whole stream but for its first token and tail."""
     chosen = corpus(texts, seq=16)
-    epoch = chosen._epoch(0)
+    epoch = chosen.streams[0].epoch(0)
     batch = chosen.samples(0, chosen.samples_per_epoch)
     order = np.argsort(epoch.sequences)
     stream = [BOS]

@@ -170,7 +170,10 @@ def test_draws_follow_the_distribution_cut_at_top_p(top_p: float) -> None:
 
 
 def test_what_is_no_sampling_is_refused() -> None:
-    for bad in ({"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}):
+    refused: list[dict[str, Any]] = [
+        {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}
+    ]  # fmt: skip
+    for bad in refused:
         with pytest.raises(InputError, match="is no"):
             Sampling(**bad)
 

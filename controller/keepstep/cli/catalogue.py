@@ -62,7 +62,13 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
     ),
     (
         "Model",
-        (Entry("generate", "trainer", "Let a trained model continue texts, from a checkpoint or weights."),),
+        (
+            Entry(
+                "data", "trainer", "Text for training: tokenise it once into shards, verify and show them."
+            ),
+            Entry("generate", "trainer", "Let a trained model continue texts, from a checkpoint or weights."),
+            Entry("weights", "trainer", "Export a checkpoint's weights; verify weights of any format."),
+        ),
     ),
     (
         "Service",

@@ -21,6 +21,18 @@ def generate(ctx: typer.Context) -> None:
     become("keepstep.llama.generation", ctx.args)
 
 
+@app.command("data", context_settings=_ALL, add_help_option=False)
+def data(ctx: typer.Context) -> None:
+    """Tokenise text once, for training; verify and show what was made."""
+    become("keepstep.llama.data", ctx.args)
+
+
+@app.command("weights", context_settings=_ALL, add_help_option=False)
+def weights(ctx: typer.Context) -> None:
+    """Weights out of checkpoints; verified."""
+    become("keepstep.llama.weights", ctx.args)
+
+
 def become(module: str, arguments: list[str]) -> None:
     """Does not return. InputError where the trainer's libraries are not installed."""
     if find_spec("torch") is None:

@@ -110,10 +110,19 @@ def _launcher_problems(command: Sequence[str]) -> Iterator[Problem]:
 
 def _data_problems(section: LlamaSection) -> Iterator[Problem]:
     at: Path = ("run", "llama", "data")
-    if section.data.source == "text" and section.data.path is None:
-        yield Problem(path=at, what="source text needs a path", next="A file or a folder, on every node.")
-    if section.data.source == "stdlib" and section.data.path is not None:
+    data = section.data
+    if data.source != "stdlib" and data.path is None:
+        yield Problem(
+            path=at, what=f"source {data.source} needs a path", next="A file or a folder, on every node."
+        )
+    if data.source == "stdlib" and data.path is not None:
         yield Problem(path=(*at, "path"), what="is for source text", next="Add   source: text")
+    if data.source != "tokens" and data.weights:
+        yield Problem(
+            path=(*at, "weights"),
+            what="is for source tokens",
+            next="Make them with `keepstep data tokenize`.",
+        )
 
 
 def _reference_problems(run: RunSection) -> Iterator[Problem]:

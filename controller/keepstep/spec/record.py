@@ -113,8 +113,8 @@ def _misnamed(spec: JobSpec) -> Iterator[Problem]:
             for index, word in enumerate(words):
                 yield from _checked(scalars.text, word, ("run", "command", index))
         case LlamaRun():
-            if run.data.source == "text" and run.data.path is None:
-                yield Problem(path=("run", "data"), what="source text needs a path")
+            if run.data.source != "stdlib" and run.data.path is None:
+                yield Problem(path=("run", "data"), what=f"source {run.data.source} needs a path")
     yield from value_problems(run.env, run.secrets, words)
 
 

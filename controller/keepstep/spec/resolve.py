@@ -117,7 +117,13 @@ def _llama(
     data = section.data
     return job.LlamaRun(
         model=shape,
-        data=job.Data(source=data.source, path=_absolute(data.path, base), seed=data.seed),
+        data=job.Data(
+            source=data.source,
+            path=_absolute(data.path, base),
+            seed=data.seed,
+            tokenizer=_absolute(data.tokenizer, base),
+            weights=dict(data.weights),
+        ),
         steps=section.steps,
         batch=job.Batch(global_tokens=tokens, seq=seq, micro_batch=batch.micro_batch),
         optimizer=job.Optimizer(

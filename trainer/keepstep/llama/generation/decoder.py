@@ -22,7 +22,8 @@ from keepstep.core.errors import InputError
 from keepstep.llama.microbatch import Rotation
 from keepstep.llama.shape import ModelShape
 from keepstep.llama.tensor_parallel import multiply
-from keepstep.llama.weights.sources import Part, Source
+from keepstep.llama.weights.part import Part
+from keepstep.llama.weights.sources import Source
 
 # What attention is, in a forward pass: (layer, q, k, v) [tokens, heads, head_dim] -> the same as q.
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -151,10 +152,10 @@ class Decoder:
         x = F.embedding(tokens, self.embedding)
         for number, layer in enumerate(self.layers):
             projected = _times(self._normed(x, layer.attention_norm), layer.qkv)
-            rotating, v = projected.view(len(x), -1, shape.head_dim).split(heads, dim=1)
+            rotating, v = torch.split(projected.view(len(x), -1, shape.head_dim), heads, dim=1)
             a, b = rotating.chunk(2, dim=-1)
             rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-            q, k = rotated.split([shape.heads, shape.kv_heads], dim=1)
+            q, k = torch.split(rotated, [shape.heads, shape.kv_heads], dim=1)
             x = x + _times(attend(number, q, k, v).reshape(len(x), -1), layer.wo)
             gate, up = _times(self._normed(x, layer.ffn_norm), layer.gate_up).chunk(2, dim=1)
             x = x + _times(F.silu(gate).mul_(up), layer.down)
@@ -185,7 +186,7 @@ class Decoder:
         for names in groups:
             rows = [self._sizes[name][0] for name in names]
             stacked.append(torch.empty(sum(rows), *self._sizes[names[0]][1:], dtype=self.dtype))
-            own = zip(names, stacked[-1].split(rows), strict=True)
+            own = zip(names, torch.split(stacked[-1], rows), strict=True)
             parts += [Part(name, (0,) * part.dim(), part) for name, part in own]
         self._source.fill(parts)
         return [tensor.to(self.device) for tensor in stacked]

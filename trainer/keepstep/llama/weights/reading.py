@@ -11,7 +11,8 @@ from keepstep.llama.checkpoint.pieces import owned_pieces
 from keepstep.llama.checkpoint.saver import as_fields
 from keepstep.llama.flat import FlatState
 from keepstep.llama.shape import ModelShape
-from keepstep.llama.weights.sources import CheckpointSource, Part, open_source
+from keepstep.llama.weights.part import Part
+from keepstep.llama.weights.sources import CheckpointSource, open_source
 
 
 def init_from(

@@ -3,32 +3,24 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from keepstep.core.checkpoints import MANIFEST
 from keepstep.core.errors import InputError
 from keepstep.core.manifest import Manifest
 from keepstep.llama.checkpoint.storage import KINDS, Chunk, read_chunks
 from keepstep.llama.shape import ModelShape
+from keepstep.llama.weights.meta import PARAMS, MetaSource
 from keepstep.llama.weights.naming import hugging_face_name, shape_of
+from keepstep.llama.weights.part import Part
 
 _INDEX, _SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A rectangle of a parameter, and the memory that it goes to, of any type of numbers."""
-
-    name: str  # canonical
-    offset: tuple[int, ...]
-    out: Tensor
 
 
 class Source(Protocol):
@@ -41,9 +33,11 @@ class Source(Protocol):
 
 
 def open_source(folder: Path) -> Source:
-    """A keepstep checkpoint, or a folder in Hugging Face's format. InputError for anything else."""
+    """A keepstep checkpoint, or a folder in Hugging Face's or Meta's format. InputError for anything else."""
     if (folder / MANIFEST).is_file():
         return CheckpointSource(folder)
+    if (folder / PARAMS).is_file() and not (folder / CONFIG).is_file():
+        return MetaSource(folder, read_json(folder / PARAMS))
     return HuggingFaceSource(folder)
 
 
@@ -138,5 +132,5 @@ def unusable(folder: Path, why: str) -> InputError:
         "no weights to start from",
         where=str(folder),
         why=why,
-        next="Name a folder with config.json and *.safetensors, or a complete keepstep checkpoint.",
+        next="Name a folder in Hugging Face's or Meta's format, or a complete keepstep checkpoint.",
     )

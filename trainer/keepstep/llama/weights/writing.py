@@ -16,7 +16,8 @@ from keepstep.llama.checkpoint import verify
 from keepstep.llama.shape import ModelShape
 from keepstep.llama.tokenizer import ByteTokenizer
 from keepstep.llama.weights.naming import config_of, hugging_face_name
-from keepstep.llama.weights.sources import CheckpointSource, Part
+from keepstep.llama.weights.part import Part
+from keepstep.llama.weights.sources import CheckpointSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_BYTES = 4 << 30  # of tensors in one file
