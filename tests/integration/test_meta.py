@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -14,7 +15,7 @@ from keepstep.core.layout import Layout
 from keepstep.llama.flat import FlatIndex, FlatState, tp_dim
 from keepstep.llama.generation import Decoder
 from keepstep.llama.shape import ModelShape
-from keepstep.llama.weights import init_from
+from keepstep.llama.weights import config_of, hugging_face_name, init_from
 from keepstep.llama.weights.__main__ import main
 from keepstep.llama.weights.sources import open_source
 
@@ -139,10 +140,6 @@ def test_what_is_not_whole_is_told(tmp_path: Path) -> None:
 
 def save_whole(folder: Path, change: dict[str, Tensor]) -> Path:
     """The same model in Hugging Face's format."""
-    from safetensors.torch import save_file
-
-    from keepstep.llama.weights import config_of, hugging_face_name
-
     folder.mkdir()
     index = FlatIndex.of(SHAPE, Layout(), Layout().coordinates(0))
     state = FlatState(index, 0, device=torch.device("cpu"), dtype=torch.float32)
@@ -171,3 +168,21 @@ def test_weights_verify_reads_all_and_compares(tmp_path: Path, capsys: pytest.Ca
     assert "layers.1.ffn_norm.weight is not finite" in capsys.readouterr().err
     assert main(["verify", str(tmp_path)]) == 2
     assert "no weights" in capsys.readouterr().err
+
+
+def test_the_mean_of_several_is_what_adding_them_gives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = write(tmp_path / "meta", 2)
+    ones = save_whole(tmp_path / "ones", {name: torch.ones(size) for name, size in SHAPE.sizes()})
+    out = tmp_path / "mean"
+    assert main(["average", str(meta), str(ones), str(ones), "--out", str(out)]) == 0
+    found = load_file(out / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    torch.testing.assert_close(
+        found, (theirs()["layers.1.feed_forward.w2.weight"] + 2) / 3, atol=1e-7, rtol=0
+    )
+    assert main(["average", str(meta), "--out", str(tmp_path / "one")]) == 2
+    assert "nothing to average" in capsys.readouterr().err
+    (ones / "config.json").write_text((ones / "config.json").read_text().replace("1e-05", "1e-06"))
+    assert main(["average", str(meta), str(ones), "--out", str(tmp_path / "other")]) == 2
+    assert "norm_eps is 1e-06 there and 1e-05 here" in capsys.readouterr().err

@@ -158,3 +158,15 @@ def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
     assert rates[54] == pytest.approx(0.55)
     assert config.lr_at(104, 104) == pytest.approx(0.1)
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_the_learning_rate_is_annealed_to_nothing_in_a_line() -> None:
+    """The cosine of a longer run is left where annealing begins, as the paper's 405B run did."""
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4, decay_steps=204, anneal_steps=10)
+    rates = [config.lr_at(step, 104) for step in range(104)]
+    longer = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
+    assert rates[:95] == [longer.lr_at(step, 204) for step in range(95)]
+    assert rates[94:] == pytest.approx([rates[94] * (10 - k) / 10 for k in range(10)])
+    assert config.lr_at(104, 104) == 0.0
+    ended = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4, decay_steps=54)
+    assert ended.lr_at(54, 104) == ended.lr_at(103, 104) == pytest.approx(0.1)

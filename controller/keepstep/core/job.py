@@ -104,6 +104,8 @@ class Optimizer:
     lr: float
     min_lr: float
     warmup_steps: int
+    decay_steps: int | None = None  # at which the cosine ends; None: where annealing begins
+    anneal_steps: int = 0  # the last ones, over which the rate goes to nothing in a line
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

@@ -32,6 +32,7 @@ def conflicts(run: RunSection) -> Iterator[Problem]:
     yield from _reference_problems(run)
     if run.llama is not None:
         yield from _data_problems(run.llama)
+        yield from _schedule_problems(run.llama)
     yield from value_problems(run.env, run.secrets, run.command or run.args)
 
 
@@ -123,6 +124,19 @@ def _data_problems(section: LlamaSection) -> Iterator[Problem]:
             what="is for source tokens",
             next="Make them with `keepstep data tokenize`.",
         )
+
+
+def _schedule_problems(section: LlamaSection) -> Iterator[Problem]:
+    at: Path = ("run", "llama", "optimizer")
+    steps, optimizer = section.steps, section.optimizer
+    warmup = optimizer.warmup_steps or 0
+    if optimizer.anneal_steps and warmup + optimizer.anneal_steps > steps:
+        why = f"{warmup:,} of the {steps:,} steps warm up"
+        what = f"{optimizer.anneal_steps:,} steps are too many"
+        yield Problem(path=(*at, "anneal_steps"), what=what, why=why, next="Lower one of them.")
+    if optimizer.decay_steps is not None and optimizer.decay_steps <= warmup:
+        what = f"{optimizer.decay_steps:,} is no later than warmup_steps, {warmup:,}"
+        yield Problem(path=(*at, "decay_steps"), what=what, next="The cosine begins where warming up ends.")
 
 
 def _reference_problems(run: RunSection) -> Iterator[Problem]:

@@ -130,6 +130,8 @@ def _llama(
             lr=lr,
             min_lr=lr / 100 if optimizer.min_lr is None else optimizer.min_lr,
             warmup_steps=warmup,
+            decay_steps=optimizer.decay_steps,
+            anneal_steps=optimizer.anneal_steps,
             weight_decay=optimizer.weight_decay,
             beta1=optimizer.betas[0],
             beta2=optimizer.betas[1],

@@ -115,7 +115,7 @@ class BatchSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW, with linear warm-up and cosine decay over all steps."""
+    """AdamW, with linear warm-up, cosine decay, and annealing at the end."""
 
     lr: Annotated[Number, Field(gt=0, le=10)] | None = Field(
         default=None, json_schema_extra={"default_text": "the preset's, as published"}
@@ -124,11 +124,17 @@ class OptimizerSection(Section):
     min_lr: Annotated[Number, Field(ge=0, le=10)] | None = Field(
         default=None, json_schema_extra={"default_text": "a hundredth of lr"}
     )
-    """Learning rate at the last step."""
+    """Learning rate where the cosine ends."""
     warmup_steps: Annotated[Whole, Field(ge=0)] | None = Field(
         default=None, json_schema_extra={"default_text": "a tenth of the steps, at most 8,000"}
     )
     """Steps until the peak."""
+    decay_steps: Annotated[Whole, Field(ge=1, le=10**9)] | None = Field(
+        default=None, json_schema_extra={"default_text": "all steps before annealing"}
+    )
+    """The step at which the cosine ends; past it the rate stays at min_lr."""
+    anneal_steps: Annotated[Whole, Field(ge=0, le=10**9)] = _OPTIMIZER.anneal_steps
+    """The last steps, over which the learning rate goes to nothing in a line."""
     weight_decay: Annotated[Number, Field(ge=0, le=1)] = _OPTIMIZER.weight_decay
     """Decay of matrices, as a share of the learning rate; norms do not decay."""
     betas: tuple[

@@ -29,11 +29,13 @@ from keepstep.session import Session, current
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """Llama 3's recipe, scaled to small runs: linear warm-up to the peak, then cosine down to min_lr."""
+    """Llama 3's recipe, scaled to small runs: warm-up to the peak, cosine to min_lr, annealing to nothing."""
 
     lr: float = 1e-3  # peak
-    min_lr: float = 1e-4  # at the last step
+    min_lr: float = 1e-4  # where the cosine ends
     warmup_steps: int = 10
+    decay_steps: int | None = None  # at which the cosine ends; None: where annealing begins
+    anneal_steps: int = 0  # the last ones, over which the rate goes to nothing in a line
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -55,8 +57,13 @@ class OptimizerConfig:
         """Of the update that follows `step` completed ones."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        part = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * part))
+        annealing = steps - self.anneal_steps
+        end = annealing if self.decay_steps is None else self.decay_steps
+        part = min(1.0, (min(step, annealing) - self.warmup_steps) / max(1, end - self.warmup_steps))
+        lr = self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * part))
+        if step < annealing or not self.anneal_steps:
+            return lr
+        return lr * max(0, steps - step) / self.anneal_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

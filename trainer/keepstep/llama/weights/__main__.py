@@ -1,4 +1,4 @@
-"""Weights: a checkpoint exported for transformers' from_pretrained; weights of any format verified."""
+"""Weights: a checkpoint exported for transformers; several averaged; weights of any format verified."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keepstep.core.errors import KeepstepError
 from keepstep.llama.weights.verifying import verify_weights
-from keepstep.llama.weights.writing import DTYPES, export
+from keepstep.llama.weights.writing import DTYPES, average, export
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,6 +17,10 @@ def main(argv: Sequence[str]) -> int:
     command.add_argument("checkpoint", type=Path, help="a folder like step-00000060-attempt-0002")
     command.add_argument("out", type=Path, help="a folder that does not exist yet")
     command.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    command = commands.add_parser("average", help="write a Hugging Face folder with the mean of several")
+    command.add_argument("folders", type=Path, nargs="+", help="checkpoints, Hugging Face or Meta folders")
+    command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    command.add_argument("--dtype", choices=list(DTYPES), default="float32")
     command = commands.add_parser("verify", help="read all of a checkpoint, Hugging Face or Meta folder")
     command.add_argument("folder", type=Path)
     command.add_argument("--against", type=Path, help="another folder that should hold the same weights")
@@ -25,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.command == "export":
             shape = export(arguments.checkpoint, arguments.out, dtype=arguments.dtype)
+            sys.stdout.write(f"{shape.parameters():,} parameters in {arguments.out}\n")
+        elif arguments.command == "average":
+            shape = average(arguments.folders, arguments.out, dtype=arguments.dtype)
             sys.stdout.write(f"{shape.parameters():,} parameters in {arguments.out}\n")
         else:
             found = verify_weights(arguments.folder, arguments.against, tolerance=arguments.tolerance)

@@ -5,7 +5,7 @@ Never more than one file's tensors are in memory. The folder appears whole, by a
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from keepstep.llama.shape import ModelShape
 from keepstep.llama.tokenizer import ByteTokenizer
 from keepstep.llama.weights.naming import config_of, hugging_face_name
 from keepstep.llama.weights.part import Part
-from keepstep.llama.weights.sources import CheckpointSource
+from keepstep.llama.weights.reading import check_shape
+from keepstep.llama.weights.sources import CheckpointSource, Source, open_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_BYTES = 4 << 30  # of tensors in one file
@@ -27,6 +28,40 @@ def export(
     checkpoint: Path, out: Path, *, dtype: str = "float32", file_bytes: int = _FILE_BYTES
 ) -> ModelShape:
     """Write `out` for transformers' from_pretrained. InputError or CorruptCheckpoint if it cannot be done."""
+    verify(checkpoint)
+    return publish(CheckpointSource(checkpoint), out, dtype=dtype, file_bytes=file_bytes)
+
+
+def average(folders: Sequence[Path], out: Path, *, dtype: str = "float32") -> ModelShape:
+    """Write the mean of the weights of some folders of any format, as the paper makes its final models."""
+    sources = [open_source(folder) for folder in folders]
+    if len(sources) < 2:
+        raise InputError("there is nothing to average", where="average", next="Name two folders or more.")
+    for folder, source in zip(folders, sources, strict=True):
+        check_shape(source.shape, sources[0].shape, folder)
+        if isinstance(source, CheckpointSource):
+            verify(folder)
+    return publish(_Mean(sources), out, dtype=dtype)
+
+
+class _Mean:
+    """A source that is the mean of others."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.shape, self._sources = sources[0].shape, sources
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            total = torch.zeros(part.out.shape, dtype=torch.float64)
+            one = torch.empty(part.out.shape)
+            for source in self._sources:
+                source.fill([Part(part.name, part.offset, one)])
+                total += one
+            part.out.copy_(total / len(self._sources))
+
+
+def publish(source: Source, out: Path, *, dtype: str, file_bytes: int = _FILE_BYTES) -> ModelShape:
+    """Write a source's weights as a Hugging Face folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
             "exists already", where=str(out), why="it is not an empty folder", next="Name a new folder."
@@ -35,8 +70,6 @@ def export(
         raise InputError(
             f"{dtype!r} is no type of weights", where="dtype", next=f"Use one of {list(DTYPES)}."
         )
-    verify(checkpoint)
-    source = CheckpointSource(checkpoint)
 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -52,7 +85,7 @@ def export(
     return source.shape
 
 
-def _write(source: CheckpointSource, folder: Path, dtype: str, file_bytes: int) -> None:
+def _write(source: Source, folder: Path, dtype: str, file_bytes: int) -> None:
     shape, sizes = source.shape, dict(source.shape.sizes())
     groups = list(_groups(shape, DTYPES[dtype].itemsize, file_bytes))
     weight_map: dict[str, str] = {}

@@ -1,0 +1,111 @@
+"""What the demo's model learns in 300 steps: as much as it should, and what plain PyTorch learns."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from keepstep.core.layout import Layout
+from keepstep.llama import parallel
+from keepstep.llama.data import Corpus
+from keepstep.llama.initial import initialise
+from keepstep.llama.job import TrainJob
+from keepstep.llama.shape import ModelShape
+from keepstep.llama.trainer import Trainer
+from keepstep.session import current
+
+STEPS, SEQ, SEQUENCES = 300, 256, 2
+BELOW = 2.6  # nats per byte, the mean of the last twenty steps; 5.56 is chance
+JOB = TrainJob.parse(
+    {
+        "job": "learning", "steps": STEPS, "layout": {"dp": 1, "tp": 1, "pp": 1, "cp": 1},
+        "model": {
+            "layers": 4, "dim": 256, "ffn_dim": 768, "heads": 8, "kv_heads": 4, "vocabulary": 260,
+            "max_seq": 2048,
+        },
+        "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ, "micro_batch": SEQUENCES},
+        "optimizer": {"lr": 1e-3, "min_lr": 1e-5, "warmup_steps": 30},
+    }
+)  # fmt: skip
+
+
+def plain_logits(
+    shape: ModelShape, w: dict[str, Tensor], tokens: Tensor, mask: Tensor, where: Tensor
+) -> Tensor:
+    """[sequences, seq] -> logits, by the formulas, with a dense mask."""
+    rows, seq = tokens.shape
+    half = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
+    angles = where.unsqueeze(-1).float() / shape.rope_theta**half
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def heads(x: Tensor, name: str) -> Tensor:
+        return (x @ w[name].T).view(rows, seq, -1, shape.head_dim).transpose(1, 2)
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.norm_eps) * w[name]
+
+    x = w["embedding.weight"][tokens]
+    for number in range(shape.layers):
+        at = f"layers.{number}"
+        y = normed(x, f"{at}.attention_norm.weight")
+        q, k, v = (heads(y, f"{at}.attention.{name}.weight") for name in ("wq", "wk", "wv"))
+        q, k, v = (
+            rotated(q),
+            *(part.repeat_interleave(shape.heads // shape.kv_heads, 1) for part in (rotated(k), v)),
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+        x = x + mixed.transpose(1, 2).reshape(rows, seq, -1) @ w[f"{at}.attention.wo.weight"].T
+        y = normed(x, f"{at}.ffn_norm.weight")
+        gate, up = (y @ w[f"{at}.feed_forward.{name}.weight"].T for name in ("w1", "w3"))
+        x = x + (F.silu(gate) * up) @ w[f"{at}.feed_forward.w2.weight"].T
+    return normed(x, "norm.weight") @ w["output.weight"].T
+
+
+def plain_losses(corpus: Corpus, weights: dict[str, Tensor]) -> Iterator[float]:
+    """Autograd and torch.optim.AdamW, and nothing of keepstep's but the data and the first weights."""
+    w = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    groups = [
+        {"params": [t for t in w.values() if t.dim() == 2], "weight_decay": 0.1},
+        {"params": [t for t in w.values() if t.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    earlier = torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
+    for step in range(STEPS):
+        tokens, documents, positions = (torch.from_numpy(x) for x in corpus.sequences(step, 0, SEQUENCES))
+        same = documents.unsqueeze(2) == documents.unsqueeze(1)
+        targets = tokens[:, 1:].clone()
+        targets[:, :-1][documents[:, 1:] != documents[:, :-1]] = -100
+        logits = plain_logits(JOB.shape, w, tokens[:, :-1], same & earlier, positions)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(list(w.values()), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = JOB.optimizer.lr_at(step, STEPS)
+        optimizer.step()
+        yield float(loss)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_300_steps_learn_what_plain_pytorch_learns() -> None:
+    groups = parallel.join(Layout(), torch.device("cpu"), timeout_s=60)
+    corpus = Corpus.open(seed=0, seq=SEQ, sequences_per_step=SEQUENCES)
+    trainer = Trainer(JOB, groups, corpus, device=torch.device("cpu"), session=current())
+    initialise(trainer.state, JOB.shape, seed=0)
+    trainer.optimizer.publish()
+    first = {name: trainer.state.weight(name).clone() for name, _ in JOB.shape.sizes()}
+    ours = [trainer.step().loss for _ in range(STEPS)]
+    theirs = list(plain_losses(corpus, first))
+    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    print(f"\n20 steps {max(apart[:20]):.2g}, 300 steps {max(apart):.2g}, end {sum(ours[-20:]) / 20:.4f}")
+    assert max(apart[:20]) < 1e-5
+    assert max(apart) < 2e-2
+    assert abs(sum(ours[-20:]) - sum(theirs[-20:])) / 20 < 2e-3
+    assert sum(ours[-20:]) / 20 < BELOW
