@@ -28,7 +28,7 @@ from keepstep.llama.data.tokenise import tokenise
 from keepstep.llama.tokenizer import open_tokenizer
 from keepstep.llama.tokenizer.vocabulary import SPECIAL, WORDS
 
-ROUNDS, TEXT_BYTES = 9, 4 << 20
+ROUNDS, TEXT_BYTES, COPIES = 9, 4 << 20, 16
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -82,7 +82,7 @@ def main() -> None:
             for _ in range(ROUNDS)
         ]
         lines = folder / "text.jsonl"
-        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus * 8))
+        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus * COPIES))
 
         def shards(out: str, workers: int) -> float:
             return seconds(
@@ -101,8 +101,8 @@ def main() -> None:
         "vs_reference": statistics.median(a / b for a, b in pairs),
         "mb_per_s": size / statistics.median(b for _, b in pairs),
         "reference_mb_per_s": size / statistics.median(a for a, _ in pairs),
-        "shards_mb_per_s_one_core": 8 * size / one,
-        "shards_mb_per_s_per_core": 8 * size / all_cores / cores,
+        "shards_mb_per_s_one_core": COPIES * size / one,
+        "shards_mb_per_s_per_core": COPIES * size / all_cores / cores,
     }
     for name, value in figures.items():
         print(f"{name:28} {value:10.3f}")
