@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,16 @@ class Words:
 
     name, vocabulary, sliceable = "words", 1 << 33, False
     bos, eos, pad = 1 << 32, (1 << 32) + 1, (1 << 32) + 2
+    special: Mapping[str, int] = {}
+    stops: frozenset[int] = frozenset()
 
     def encode(self, text: bytes) -> Tokens:
         return np.array(
             [int.from_bytes(text[k : k + 4], "big") for k in range(0, len(text), 4)], dtype=np.int64
         )
+
+    def raw(self, tokens: Tokens) -> bytes:
+        raise NotImplementedError
 
     def decode(self, tokens: Tokens) -> str:
         raise NotImplementedError
@@ -82,7 +88,7 @@ def test_documents_and_positions_follow_the_tokens(texts: Path) -> None:
 def test_an_epoch_predicts_every_token_once(texts: Path) -> None:
     """Put back in the order of the stream, targets are the whole stream but for its first token and tail."""
     chosen = corpus(texts, seq=16)
-    epoch = chosen._epoch(0)
+    epoch = chosen.streams[0].epoch(0)
     batch = chosen.samples(0, chosen.samples_per_epoch)
     order = np.argsort(epoch.sequences)
     stream = [BOS]

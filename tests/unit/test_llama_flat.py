@@ -141,6 +141,18 @@ def test_an_update_is_that_of_torch(clip: float) -> None:
         torch.testing.assert_close(state.weight(name), parameter.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_the_norm_of_a_large_gradient_is_exact_where_one_fp32_sum_is_not() -> None:
+    """Else clipping scales each gradient by an error of its own, and training drifts from anybody else's."""
+    shape = replace(SMALL, vocabulary=2**16)
+    index = FlatIndex.of(shape, Layout(), Layout().coordinates(0))
+    state = FlatState(index, 0, device=CPU, dtype=torch.float32)
+    state.grads[: index.used] = torch.randn(index.used, generator=torch.Generator().manual_seed(0))
+    exact = float(torch.linalg.vector_norm(state.grads, dtype=torch.float64))
+    optimizer = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig())
+    update = optimizer.update(torch.ones(1), lr=1e-3)
+    assert update.grad_norm == pytest.approx(exact, rel=1e-7)
+
+
 @pytest.mark.parametrize("left_out", [False, True])
 def test_an_update_that_would_do_harm_changes_nothing_but_is_told(left_out: bool) -> None:
     """A gradient that is not finite, and a batch that is to be left out."""
@@ -163,3 +175,15 @@ def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
     assert rates[54] == pytest.approx(0.55)
     assert config.lr_at(104, 104) == pytest.approx(0.1)
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_the_learning_rate_is_annealed_to_nothing_in_a_line() -> None:
+    """The cosine of a longer run is left where annealing begins, as the paper's 405B run did."""
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4, decay_steps=204, anneal_steps=10)
+    rates = [config.lr_at(step, 104) for step in range(104)]
+    longer = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
+    assert rates[:95] == [longer.lr_at(step, 204) for step in range(95)]
+    assert rates[94:] == pytest.approx([rates[94] * (10 - k) / 10 for k in range(10)])
+    assert config.lr_at(104, 104) == 0.0
+    ended = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4, decay_steps=54)
+    assert ended.lr_at(54, 104) == ended.lr_at(103, 104) == pytest.approx(0.1)

@@ -61,6 +61,16 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
         (Entry("spec", "specs", "The job file: schema, check, explain a field.", group=True),),
     ),
     (
+        "Model",
+        (
+            Entry(
+                "data", "trainer", "Text for training: tokenise it once into shards, verify and show them."
+            ),
+            Entry("generate", "trainer", "Let a trained model continue texts, from a checkpoint or weights."),
+            Entry("weights", "trainer", "Export a checkpoint's weights; verify weights of any format."),
+        ),
+    ),
+    (
         "Service",
         (
             Entry("up", "up", "Start a controller with local nodes on this machine."),

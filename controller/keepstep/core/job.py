@@ -75,9 +75,11 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    source: Literal["stdlib", "text"] = "stdlib"
-    path: str | None = None  # of source text: a file or a folder on the nodes
+    source: Literal["stdlib", "text", "tokens"] = "stdlib"
+    path: str | None = None  # of source text or tokens: a file or a folder on the nodes
     seed: int = 0
+    tokenizer: str | None = None  # its file on the nodes; None: bytes, or what made the tokens
+    weights: Mapping[str, float] = field(default_factory=dict)  # of source tokens: by source; none: alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,8 @@ class Optimizer:
     lr: float
     min_lr: float
     warmup_steps: int
+    decay_steps: int | None = None  # at which the cosine ends; None: where annealing begins
+    anneal_steps: int = 0  # the last ones, over which the rate goes to nothing in a line
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

@@ -32,6 +32,7 @@ def conflicts(run: RunSection) -> Iterator[Problem]:
     yield from _reference_problems(run)
     if run.llama is not None:
         yield from _data_problems(run.llama)
+        yield from _schedule_problems(run.llama)
     yield from value_problems(run.env, run.secrets, run.command or run.args)
 
 
@@ -110,10 +111,32 @@ def _launcher_problems(command: Sequence[str]) -> Iterator[Problem]:
 
 def _data_problems(section: LlamaSection) -> Iterator[Problem]:
     at: Path = ("run", "llama", "data")
-    if section.data.source == "text" and section.data.path is None:
-        yield Problem(path=at, what="source text needs a path", next="A file or a folder, on every node.")
-    if section.data.source == "stdlib" and section.data.path is not None:
+    data = section.data
+    if data.source != "stdlib" and data.path is None:
+        yield Problem(
+            path=at, what=f"source {data.source} needs a path", next="A file or a folder, on every node."
+        )
+    if data.source == "stdlib" and data.path is not None:
         yield Problem(path=(*at, "path"), what="is for source text", next="Add   source: text")
+    if data.source != "tokens" and data.weights:
+        yield Problem(
+            path=(*at, "weights"),
+            what="is for source tokens",
+            next="Make them with `keepstep data tokenize`.",
+        )
+
+
+def _schedule_problems(section: LlamaSection) -> Iterator[Problem]:
+    at: Path = ("run", "llama", "optimizer")
+    steps, optimizer = section.steps, section.optimizer
+    warmup = optimizer.warmup_steps or 0
+    if optimizer.anneal_steps and warmup + optimizer.anneal_steps > steps:
+        why = f"{warmup:,} of the {steps:,} steps warm up"
+        what = f"{optimizer.anneal_steps:,} steps are too many"
+        yield Problem(path=(*at, "anneal_steps"), what=what, why=why, next="Lower one of them.")
+    if optimizer.decay_steps is not None and optimizer.decay_steps <= warmup:
+        what = f"{optimizer.decay_steps:,} is no later than warmup_steps, {warmup:,}"
+        yield Problem(path=(*at, "decay_steps"), what=what, next="The cosine begins where warming up ends.")
 
 
 def _reference_problems(run: RunSection) -> Iterator[Problem]:

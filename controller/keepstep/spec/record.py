@@ -23,8 +23,8 @@ from keepstep.spec.problems import Path, Place, Problem, refuse
 from keepstep.spec.violations import problems_of
 
 _MAY_BE_ZERO = frozenset(
-    {"spares", "seed", "max", "clip", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "umask",
-     "grace_s", "before_s", "first_s", "max_s", "snapshot_every_steps"}
+    {"spares", "seed", "max", "clip", "min_lr", "warmup_steps", "anneal_steps", "weight_decay", "beta1",
+     "beta2", "umask", "grace_s", "before_s", "first_s", "max_s", "snapshot_every_steps"}
 )  # fmt: skip
 _SIGNED = frozenset({"priority", "limits"})
 _LARGEST = 2.0**63
@@ -113,8 +113,8 @@ def _misnamed(spec: JobSpec) -> Iterator[Problem]:
             for index, word in enumerate(words):
                 yield from _checked(scalars.text, word, ("run", "command", index))
         case LlamaRun():
-            if run.data.source == "text" and run.data.path is None:
-                yield Problem(path=("run", "data"), what="source text needs a path")
+            if run.data.source != "stdlib" and run.data.path is None:
+                yield Problem(path=("run", "data"), what=f"source {run.data.source} needs a path")
     yield from value_problems(run.env, run.secrets, words)
 
 

@@ -117,13 +117,21 @@ def _llama(
     data = section.data
     return job.LlamaRun(
         model=shape,
-        data=job.Data(source=data.source, path=_absolute(data.path, base), seed=data.seed),
+        data=job.Data(
+            source=data.source,
+            path=_absolute(data.path, base),
+            seed=data.seed,
+            tokenizer=_absolute(data.tokenizer, base),
+            weights=dict(data.weights),
+        ),
         steps=section.steps,
         batch=job.Batch(global_tokens=tokens, seq=seq, micro_batch=batch.micro_batch),
         optimizer=job.Optimizer(
             lr=lr,
             min_lr=lr / 100 if optimizer.min_lr is None else optimizer.min_lr,
             warmup_steps=warmup,
+            decay_steps=optimizer.decay_steps,
+            anneal_steps=optimizer.anneal_steps,
             weight_decay=optimizer.weight_decay,
             beta1=optimizer.betas[0],
             beta2=optimizer.betas[1],

@@ -23,6 +23,7 @@ from keepstep.spec.fields import (
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS
 from keepstep.spec.section import Section, Words
 
+_SOURCES = ("stdlib", "text", "tokens")
 _STOP, _WARN, _LOGS = job.Stop(), job.Warn(), job.Logs()
 _OPTIMIZER = job.Optimizer(lr=0, min_lr=0, warmup_steps=0)
 _SHAPE = job.ModelShape(dim=1, layers=1, heads=1, kv_heads=1, ffn_dim=1, vocabulary=1)
@@ -73,18 +74,27 @@ class DataSection(Section):
     """What is trained on: text with document boundaries, which attention does not cross."""
 
     source: Annotated[
-        Literal["stdlib", "text"], BeforeValidator(scalars.one_of("stdlib", "text")), Kind("a word", "stdlib")
+        Literal["stdlib", "text", "tokens"],
+        BeforeValidator(scalars.one_of(*_SOURCES)),
+        Kind("a word", "stdlib"),
     ] = "stdlib"
-    """stdlib: the source files of the Python that runs the ranks. text: files of your own."""
+    """stdlib: the source files of the Python that runs the ranks. text: files of your own. tokens: a folder
+    that `keepstep data tokenize` made."""
     path: SomeText | None = None
-    """Of source text: a file, or a folder of text files, on every node."""
+    """Of source text: a file, or a folder of text files; of source tokens: the folder. On every node."""
+    tokenizer: SomeText | None = Field(
+        default=None, json_schema_extra={"default_text": "bytes, or the one that made the tokens"}
+    )
+    """Llama 3's tokenizer.model or tokenizer.json, on every node."""
+    weights: dict[SomeText, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
+    """Of source tokens: how much is taken of each of its sources, in any unit; left out: alike of all."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Of the order of documents."""
 
     @classmethod
     def short(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return {"source": scalars.one_of("stdlib", "text")(value)}
+            return {"source": scalars.one_of(*_SOURCES)(value)}
         return super().short(value)
 
 
@@ -105,7 +115,7 @@ class BatchSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW, with linear warm-up and cosine decay over all steps."""
+    """AdamW, with linear warm-up, cosine decay, and annealing at the end."""
 
     lr: Annotated[Number, Field(gt=0, le=10)] | None = Field(
         default=None, json_schema_extra={"default_text": "the preset's, as published"}
@@ -114,11 +124,17 @@ class OptimizerSection(Section):
     min_lr: Annotated[Number, Field(ge=0, le=10)] | None = Field(
         default=None, json_schema_extra={"default_text": "a hundredth of lr"}
     )
-    """Learning rate at the last step."""
+    """Learning rate where the cosine ends."""
     warmup_steps: Annotated[Whole, Field(ge=0)] | None = Field(
         default=None, json_schema_extra={"default_text": "a tenth of the steps, at most 8,000"}
     )
     """Steps until the peak."""
+    decay_steps: Annotated[Whole, Field(ge=1, le=10**9)] | None = Field(
+        default=None, json_schema_extra={"default_text": "all steps before annealing"}
+    )
+    """The step at which the cosine ends; past it the rate stays at min_lr."""
+    anneal_steps: Annotated[Whole, Field(ge=0, le=10**9)] = _OPTIMIZER.anneal_steps
+    """The last steps, over which the learning rate goes to nothing in a line."""
     weight_decay: Annotated[Number, Field(ge=0, le=1)] = _OPTIMIZER.weight_decay
     """Decay of matrices, as a share of the learning rate; norms do not decay."""
     betas: tuple[

@@ -26,6 +26,7 @@ from keepstep.llama.initial import initialise
 from keepstep.llama.job import Checkpointing, TrainJob
 from keepstep.llama.memory import Snapshots
 from keepstep.llama.optimizer import Update
+from keepstep.llama.tokenizer import open_tokenizer
 from keepstep.llama.trainer import Rates, Trainer
 from keepstep.session import Phase, Session, current
 
@@ -71,7 +72,10 @@ def run(job: TrainJob, session: Session) -> int:
     corpus = Corpus.open(
         job.data.get("source", "stdlib"), job.data.get("path"),
         seed=job.data.get("seed", job.seed), seq=job.seq, sequences_per_step=job.sequences,
+        tokenizer=open_tokenizer(tokenizer) if (tokenizer := job.data.get("tokenizer")) else None,
+        weights=job.data.get("weights"),
     )  # fmt: skip
+    corpus.check_vocabulary(job.shape.vocabulary)
     trainer = Trainer(job, groups, corpus, device=device, session=session)
     beside = functools.cache(lambda: parallel.beside(groups, timeout_s=job.timeout_s))
     snapshots = Snapshots(

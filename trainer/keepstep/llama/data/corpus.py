@@ -2,21 +2,24 @@
 
 Sample number `step * sequences_per_step + k` is the k-th sequence of a step, whoever asks for it: a restart
 or another layout needs no state of the data but the step, and every sample is used exactly once an epoch.
-The position is recorded with each checkpoint all the same, and checked against, because other text, another
-seed or another batch size would break that promise without a word.
+With several sources, which one a sample comes from is such a function, too (mixture.py). The position is
+recorded with each checkpoint all the same, and checked against, because other text, another seed, other
+weights or another batch size would break that promise without a word.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from keepstep.core.errors import InputError
 from keepstep.llama.data.documents import Documents, open_documents
+from keepstep.llama.data.mixture import BLOCK, Mixture, shares_of
 from keepstep.llama.data.packing import Epoch, Piece, sequences_per_epoch
+from keepstep.llama.data.shards import Manifest, TokenSource
 from keepstep.llama.tokenizer import ByteTokenizer, Tokenizer, Tokens
 
 
@@ -28,45 +31,114 @@ class Batch(NamedTuple):
     positions: NDArray[np.int64]  # [n, seq]: from 0 at each document's first token in the sequence
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
-    """How far the data was used, as a checkpoint's manifest has it."""
+class Text(Protocol):
+    """Documents as tokens; `digest` is of the text and its tokenization."""
 
-    seed: int
-    step: int
-    samples: int  # sequences used so far
-    seq: int
     source: str
-    digest: str  # of the text and its tokenization
+    digest: str
+    lengths: NDArray[np.int64]  # tokens of each document, without bos and eos
+    bad: int  # records that were left out
+    bos: int
+    eos: int
+    vocabulary: int
+
+    def read(self, document: int, start: int, stop: int) -> Tokens: ...
+
+
+class TextSource:
+    """Text that is tokenised here: as it is read where bytes are tokens, else all of it at once, and kept."""
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer) -> None:
+        self.source, self.digest = documents.source, f"{tokenizer.name}:{documents.digest}"
+        self.bad, self.bos, self.eos = documents.skipped, tokenizer.bos, tokenizer.eos
+        self.vocabulary = tokenizer.vocabulary
+        self._documents, self._tokenizer = documents, tokenizer
+        self._encoded: list[Tokens] | None = None
+        self.lengths = documents.length
+        if not tokenizer.sliceable:  # then lengths are only known by tokenizing; kept, as it is slow
+            whole = (documents.read(k, 0, int(n)) for k, n in enumerate(documents.length))
+            self._encoded = [tokenizer.encode(text) for text in whole]
+            self.lengths = np.array([len(tokens) for tokens in self._encoded], np.int64)
+
+    def read(self, document: int, start: int, stop: int) -> Tokens:
+        if self._encoded is not None:
+            return self._encoded[document][start:stop]
+        text = self._documents.read(document, start, stop) if stop > start else b""
+        return self._tokenizer.encode(text)
+
+
+class Stream:
+    """One source's samples, by number; epochs follow each other without a seam."""
+
+    def __init__(self, text: Text, *, seed: int, seq: int) -> None:
+        self.text, self.seed, self.seq = text, seed, seq
+        self._lengths = text.lengths.astype(np.int64) + 2  # bos and eos
+        self.tokens = int(self._lengths.sum())  # of one epoch
+        self.samples_per_epoch = sequences_per_epoch(self.tokens, seq)
+        if self.samples_per_epoch == 0:
+            raise InputError(
+                "the text is too short",
+                where=f"data.source {text.source!r}",
+                why=f"it has {self.tokens:,} tokens, one sequence needs {seq + 1:,}",
+                next="Name more text, or a shorter batch.seq.",
+            )
+        self._epochs: dict[int, Epoch] = {}
+
+    def fill(self, batch: Batch, row: int, sample: int) -> None:
+        number, sequence = divmod(sample, self.samples_per_epoch)
+        at = 0
+        for document, piece in enumerate(self.epoch(number).pieces(sequence)):
+            end = at + piece.stop - piece.start
+            batch.tokens[row, at:end] = self._tokens(piece)
+            inputs = min(end, self.seq)  # the last token is a target only
+            batch.documents[row, at:inputs] = document
+            batch.positions[row, at:inputs] = np.arange(inputs - at)
+            at = end
+
+    def epoch(self, number: int) -> Epoch:
+        if number not in self._epochs:
+            if len(self._epochs) > 1:  # a step touches two at most
+                del self._epochs[min(self._epochs)]
+            self._epochs[number] = Epoch(self._lengths, seq=self.seq, seed=self.seed, epoch=number)
+        return self._epochs[number]
+
+    def _tokens(self, piece: Piece) -> Tokens:
+        """Token 0 of a document is bos and the last one eos; the text's own lie between."""
+        length = int(self._lengths[piece.document])
+        start, stop = max(piece.start - 1, 0), min(piece.stop - 1, length - 2)
+        middle = self.text.read(piece.document, start, stop)
+        first = [self.text.bos] if piece.start == 0 else []
+        last = [self.text.eos] if piece.stop == length else []
+        return np.concatenate([np.array(first, np.int64), middle, np.array(last, np.int64)])
 
 
 class Corpus:
     """All text of a job, as numbered samples."""
 
     def __init__(
-        self, documents: Documents, tokenizer: Tokenizer, *, seed: int, seq: int, sequences_per_step: int
+        self,
+        texts: Sequence[Text],
+        *,
+        source: str,
+        seed: int,
+        seq: int,
+        sequences_per_step: int,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        self.tokenizer, self.seed, self.seq = tokenizer, seed, seq
+        """`weights` has every source by its name where there are several; alike when left out."""
+        self.source, self.seed, self.seq = source, seed, seq
         self.sequences_per_step = sequences_per_step
-        self.source, self.digest = documents.source, f"{tokenizer.name}:{documents.digest}"
-        self.skipped = documents.skipped
-        self._documents = documents
-        self._encoded: list[Tokens] | None = None
-        if not tokenizer.sliceable:  # then lengths are only known by tokenizing; kept, as it is slow
-            whole = (documents.read(k, 0, int(n)) for k, n in enumerate(documents.length))
-            self._encoded = [tokenizer.encode(text) for text in whole]
-        lengths = documents.length if self._encoded is None else np.array([len(t) for t in self._encoded])
-        self._lengths = lengths.astype(np.int64) + 2  # bos and eos
-        self.tokens = int(self._lengths.sum())  # of one epoch
-        self.samples_per_epoch = sequences_per_epoch(self.tokens, seq)
-        if self.samples_per_epoch == 0:
-            raise InputError(
-                "the text is too short",
-                where=f"data.source {self.source!r}",
-                why=f"it has {self.tokens:,} tokens, one sequence needs {seq + 1:,}",
-                next="Name more text, or a shorter batch.seq.",
-            )
-        self._epochs: dict[int, Epoch] = {}
+        self.streams = [Stream(text, seed=seed, seq=seq) for text in texts]
+        self.skipped = sum(text.bad for text in texts)
+        self.tokens = sum(stream.tokens for stream in self.streams)
+        self.samples_per_epoch = sum(stream.samples_per_epoch for stream in self.streams)
+        self.digest = texts[0].digest
+        self.mixture: Mixture | None = None
+        if len(texts) > 1:
+            shares = shares_of(weights or {text.source: 1.0 for text in texts})
+            self.mixture = Mixture([shares[text.source] for text in texts], seed)
+            whole = xxhash.xxh3_128("\n".join(f"{text.source} {text.digest}" for text in texts).encode())
+            self.digest = f"{texts[0].digest.partition(':')[0]}:{whole.hexdigest()}"
 
     @classmethod
     def open(
@@ -78,11 +150,18 @@ class Corpus:
         seq: int,
         sequences_per_step: int,
         tokenizer: Tokenizer | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> "Corpus":
         """The corpus of a job. Seq counts tokens; InputError for text that is missing or too short."""
-        documents = open_documents(source, None if path is None else Path(path))
-        chosen = ByteTokenizer() if tokenizer is None else tokenizer
-        return cls(documents, chosen, seed=seed, seq=seq, sequences_per_step=sequences_per_step)
+        texts: Sequence[Text]
+        if source == "tokens":
+            texts = _open_store(None if path is None else Path(path), tokenizer, weights)
+        else:
+            documents = open_documents(source, None if path is None else Path(path))
+            texts = [TextSource(documents, tokenizer or ByteTokenizer())]
+        return cls(
+            texts, source=source, seed=seed, seq=seq, sequences_per_step=sequences_per_step, weights=weights
+        )
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of the step that follows `step` completed ones."""
@@ -90,80 +169,99 @@ class Corpus:
         return self.samples(step * self.sequences_per_step + start, stop - start)
 
     def samples(self, first: int, count: int) -> Batch:
-        """Consecutive samples by number; epochs follow each other without a seam."""
+        """Consecutive samples by number."""
         batch = Batch(
             tokens=np.empty((count, self.seq + 1), np.int64),
             documents=np.empty((count, self.seq), np.int32),
             positions=np.empty((count, self.seq), np.int64),
         )
         for row in range(count):
-            epoch, sequence = divmod(first + row, self.samples_per_epoch)
-            self._fill(batch, row, self._epoch(epoch).pieces(sequence))
+            source, sample = self.mixture.at(first + row) if self.mixture else (0, first + row)
+            self.streams[source].fill(batch, row, sample)
         return batch
 
     def position(self, step: int) -> dict[str, Any]:
-        """For the manifest of the checkpoint after `step` completed steps."""
-        return asdict(self._position(step))
+        """How far the data was used, for the manifest of the checkpoint after `step` completed steps.
+
+        With several sources: of each one the samples and tokens that were used, and its share.
+        """
+        samples = step * self.sequences_per_step
+        position = {
+            "seed": self.seed,
+            "step": step,
+            "samples": samples,
+            "seq": self.seq,
+            "source": self.source,
+        }
+        if self.mixture is not None:
+            used = zip(self.streams, self.mixture.counts(samples), self.mixture.shares.tolist(), strict=True)
+            position["sources"] = {
+                stream.text.source: {
+                    "digest": stream.text.digest,
+                    "share": share / BLOCK,
+                    "samples": count,
+                    "tokens": count * self.seq,
+                }
+                for stream, count, share in used
+            }
+        return position | {"digest": self.digest}
+
+    def check_vocabulary(self, model: int) -> None:
+        """InputError if a model with so many entries has none for some token."""
+        if (needed := max(stream.text.vocabulary for stream in self.streams)) > model:
+            raise InputError(
+                "the model's vocabulary is too small", where="model.vocabulary",
+                why=f"it has {model:,} entries, the tokenizer {needed:,}",
+                next="Raise it to a multiple of the tensor parallel degree that is at least as many.",
+            )  # fmt: skip
 
     def check(self, recorded: Mapping[str, Any]) -> None:
         """InputError if a checkpoint's position is not where this corpus would go on."""
         expected = self.position(int(recorded.get("step", 0)))
-        for name, here in expected.items():
-            there = recorded.get(name)
+        for name, there, here in _pairs(recorded, expected):
             if there != here:
                 raise InputError(
-                    f"the checkpoint was made with other data: {_NOUN[name]} {there} there, {here} here",
+                    f"the checkpoint was made with other data: {name} {there} there, {here} here",
                     where=f"data ({self.source})",
                     why="samples would be used twice or not at all",
-                    next="Use the same text, seed and batch as before, or start a new job with init_from.",
+                    next="Use text, seed, weights and batch of before, or begin a new job with init_from.",
                 )
 
-    def _position(self, step: int) -> Position:
-        return Position(
-            seed=self.seed,
-            step=step,
-            samples=step * self.sequences_per_step,
-            seq=self.seq,
-            source=self.source,
-            digest=self.digest,
+
+def _open_store(
+    path: Path | None, tokenizer: Tokenizer | None, weights: Mapping[str, float] | None
+) -> list[TokenSource]:
+    if path is None:
+        raise InputError(
+            'source "tokens" needs a path',
+            where="data.path",
+            next="Name a folder of `keepstep data tokenize`.",
         )
-
-    def _epoch(self, number: int) -> Epoch:
-        if number not in self._epochs:
-            if len(self._epochs) > 1:  # a step touches two at most
-                del self._epochs[min(self._epochs)]
-            self._epochs[number] = Epoch(self._lengths, seq=self.seq, seed=self.seed, epoch=number)
-        return self._epochs[number]
-
-    def _fill(self, batch: Batch, row: int, pieces: list[Piece]) -> None:
-        at = 0
-        for number, piece in enumerate(pieces):
-            end = at + piece.stop - piece.start
-            batch.tokens[row, at:end] = self._tokens(piece)
-            inputs = min(end, self.seq)  # the last token is a target only
-            batch.documents[row, at:inputs] = number
-            batch.positions[row, at:inputs] = np.arange(inputs - at)
-            at = end
-
-    def _tokens(self, piece: Piece) -> Tokens:
-        """Token 0 of a document is bos and the last one eos; the text's own lie between."""
-        length = int(self._lengths[piece.document])
-        start, stop = max(piece.start - 1, 0), min(piece.stop - 1, length - 2)
-        if self._encoded is None:
-            text = self._documents.read(piece.document, start, stop) if stop > start else b""
-            middle = self.tokenizer.encode(text)
-        else:
-            middle = self._encoded[piece.document][start:stop]
-        first = [self.tokenizer.bos] if piece.start == 0 else []
-        last = [self.tokenizer.eos] if piece.stop == length else []
-        return np.concatenate([np.array(first, np.int64), middle, np.array(last, np.int64)])
+    manifest = Manifest.read(path)
+    if tokenizer is not None and tokenizer.name != manifest.tokenizer:
+        raise InputError(
+            "the tokens were made with another tokenizer", where=str(path),
+            why=f"{manifest.tokenizer} there, {tokenizer.name} here", next="Name the same one, or none.",
+        )  # fmt: skip
+    names = list(weights or manifest.sources)
+    if unknown := [name for name in names if name not in manifest.sources]:
+        raise InputError(
+            f"there is no source {', '.join(unknown)}", where="data.weights",
+            why=f"{path} has {', '.join(manifest.sources)}", next="Give weights to sources that are there.",
+        )  # fmt: skip
+    return [TokenSource(path, manifest, name) for name in sorted(names)]
 
 
-_NOUN = {
-    "seed": "seed",
-    "step": "step",
-    "samples": "samples used",
-    "seq": "sequence length",
-    "source": "source",
-    "digest": "digest",
-}
+def _pairs(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Everything that is compared, by its name; what a source is made of comes before the whole."""
+    for key in (key for key in here if key not in {"sources", "digest"}):
+        yield _NOUN.get(key, key), there.get(key), here[key]
+    theirs, ours = there.get("sources") or {}, here.get("sources") or {}
+    yield "sources", sorted(theirs), sorted(ours)
+    for name, own in ours.items():
+        for key, value in own.items():
+            yield f"source {name} {_NOUN.get(key, key)}", theirs[name].get(key), value
+    yield "digest", there.get("digest"), here["digest"]
+
+
+_NOUN = {"samples": "samples used", "seq": "sequence length", "tokens": "tokens used"}

@@ -91,17 +91,17 @@ def _text(path: Path | None) -> Documents:
             why=f"{path} does not exist on this node",
             next="Every node of the job needs the same files under the same path.",
         )
-    return _table("text", _below(path) if path.is_dir() else [path], path, split=path.is_file())
+    return _table("text", below(path) if path.is_dir() else [path], path, split=path.is_file())
 
 
 @functools.cache
 def _library() -> Documents:
     """It does not change while its interpreter runs: ranks that are forked have it from their parent."""
     root = Path(sysconfig.get_path("stdlib"))
-    return _table("stdlib", _below(root, suffix=".py", without=_NOT_LIBRARY), root)
+    return _table("stdlib", below(root, suffix=".py", without=_NOT_LIBRARY), root)
 
 
-def _below(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()) -> list[Path]:
+def below(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()) -> list[Path]:
     """Regular files below a folder in one order on every machine: by the bytes of their paths."""
     found, folders = [], [os.fspath(root)]
     while folders:
@@ -119,8 +119,8 @@ def _below(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset(
 def _table(source: str, files: list[Path], where: Path, *, split: bool = False) -> Documents:
     digest, rows, skipped = xxhash.xxh3_128(), [], 0
     for number, path in enumerate(files):
-        for start, stop, content in _documents(path, split=split):
-            if not _is_text(content):
+        for start, stop, content, valid in documents_in(path, split=split):
+            if not valid:
                 skipped += 1
                 continue
             digest.update((stop - start).to_bytes(8, "little"))
@@ -145,8 +145,8 @@ def _table(source: str, files: list[Path], where: Path, *, split: bool = False) 
     )
 
 
-def _documents(path: Path, *, split: bool) -> Iterator[tuple[int, int, memoryview]]:
-    """Start, stop and content of each document of a file that is not empty."""
+def documents_in(path: Path, *, split: bool) -> Iterator[tuple[int, int, memoryview, bool]]:
+    """Start, stop and content of each document of a file that is not empty, and whether it is UTF-8."""
     content: bytes | mmap.mmap
     try:
         with path.open("rb", buffering=0) as file:
@@ -166,7 +166,7 @@ def _documents(path: Path, *, split: bool) -> Iterator[tuple[int, int, memoryvie
         ) from error
     whole = memoryview(content)
     for start, stop in _spans(content) if split else [(0, len(content))]:
-        yield start, stop, whole[start:stop]
+        yield start, stop, whole[start:stop], _is_text(whole[start:stop])
 
 
 def _spans(content: bytes | mmap.mmap) -> Iterator[tuple[int, int]]:

@@ -5,20 +5,20 @@ Never more than one file's tensors are in memory. The folder appears whole, by a
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from keepstep.core.errors import InputError
 from keepstep.llama.checkpoint import verify
-from keepstep.llama.checkpoint.storage import KINDS, Chunk, read_chunks
 from keepstep.llama.shape import ModelShape
 from keepstep.llama.tokenizer import ByteTokenizer
 from keepstep.llama.weights.naming import config_of, hugging_face_name
+from keepstep.llama.weights.part import Part
+from keepstep.llama.weights.reading import check_shape
+from keepstep.llama.weights.sources import CheckpointSource, Source, open_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_BYTES = 4 << 30  # of tensors in one file
@@ -28,6 +28,40 @@ def export(
     checkpoint: Path, out: Path, *, dtype: str = "float32", file_bytes: int = _FILE_BYTES
 ) -> ModelShape:
     """Write `out` for transformers' from_pretrained. InputError or CorruptCheckpoint if it cannot be done."""
+    verify(checkpoint)
+    return publish(CheckpointSource(checkpoint), out, dtype=dtype, file_bytes=file_bytes)
+
+
+def average(folders: Sequence[Path], out: Path, *, dtype: str = "float32") -> ModelShape:
+    """Write the mean of the weights of some folders of any format, as the paper makes its final models."""
+    sources = [open_source(folder) for folder in folders]
+    if len(sources) < 2:
+        raise InputError("there is nothing to average", where="average", next="Name two folders or more.")
+    for folder, source in zip(folders, sources, strict=True):
+        check_shape(source.shape, sources[0].shape, folder)
+        if isinstance(source, CheckpointSource):
+            verify(folder)
+    return publish(_Mean(sources), out, dtype=dtype)
+
+
+class _Mean:
+    """A source that is the mean of others."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.shape, self._sources = sources[0].shape, sources
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            total = torch.zeros(part.out.shape, dtype=torch.float64)
+            one = torch.empty(part.out.shape)
+            for source in self._sources:
+                source.fill([Part(part.name, part.offset, one)])
+                total += one
+            part.out.copy_(total / len(self._sources))
+
+
+def publish(source: Source, out: Path, *, dtype: str, file_bytes: int = _FILE_BYTES) -> ModelShape:
+    """Write a source's weights as a Hugging Face folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
             "exists already", where=str(out), why="it is not an empty folder", next="Name a new folder."
@@ -36,25 +70,23 @@ def export(
         raise InputError(
             f"{dtype!r} is no type of weights", where="dtype", next=f"Use one of {list(DTYPES)}."
         )
-    manifest = verify(checkpoint)
-    known = {field.name for field in fields(ModelShape)}
-    shape = ModelShape(**{name: value for name, value in manifest.model.items() if name in known})
 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(checkpoint, partial, shape, dtype, file_bytes)
+        _write(source, partial, dtype, file_bytes)
         if out.exists():
             out.rmdir()
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return shape
+    return source.shape
 
 
-def _write(checkpoint: Path, folder: Path, shape: ModelShape, dtype: str, file_bytes: int) -> None:
+def _write(source: Source, folder: Path, dtype: str, file_bytes: int) -> None:
+    shape, sizes = source.shape, dict(source.shape.sizes())
     groups = list(_groups(shape, DTYPES[dtype].itemsize, file_bytes))
     weight_map: dict[str, str] = {}
     total = 0
@@ -62,7 +94,9 @@ def _write(checkpoint: Path, folder: Path, shape: ModelShape, dtype: str, file_b
         file = (
             f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         )
-        tensors = _tensors(checkpoint, shape, names, DTYPES[dtype])
+        whole = {name: torch.empty(sizes[name], dtype=DTYPES[dtype]) for name in names}
+        source.fill([Part(name, (0,) * tensor.dim(), tensor) for name, tensor in whole.items()])
+        tensors = {hugging_face_name(name): tensor for name, tensor in whole.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -89,14 +123,6 @@ def _groups(shape: ModelShape, itemsize: int, file_bytes: int) -> Iterator[list[
         names.append(name)
         used += nbytes
     yield names
-
-
-def _tensors(checkpoint: Path, shape: ModelShape, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    sizes = dict(shape.sizes())
-    whole = {name: torch.empty(sizes[name]) for name in names}
-    chunks = [Chunk(f"{KINDS[0]}.{name}", sizes[name], (0,) * t.dim(), t) for name, t in whole.items()]
-    read_chunks(checkpoint, chunks)
-    return {hugging_face_name(name): tensor.to(dtype) for name, tensor in whole.items()}
 
 
 def _write_json(path: Path, value: object) -> None:
