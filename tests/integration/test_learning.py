@@ -1,6 +1,7 @@
 """What the demo's model learns in 300 steps: as much as it should, and what plain PyTorch learns."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 import torch
@@ -67,9 +68,11 @@ def plain_logits(
     return normed(x, "norm.weight") @ w["output.weight"].T
 
 
-def plain_losses(corpus: Corpus, weights: dict[str, Tensor]) -> Iterator[float]:
+def plain_losses(
+    corpus: Corpus, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Iterator[float]:
     """Autograd and torch.optim.AdamW, and nothing of keepstep's but the data and the first weights."""
-    w = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    w = {name: tensor.detach().to(dtype, copy=True).requires_grad_() for name, tensor in weights.items()}
     groups = [
         {"params": [t for t in w.values() if t.dim() == 2], "weight_decay": 0.1},
         {"params": [t for t in w.values() if t.dim() == 1], "weight_decay": 0.0},
@@ -95,21 +98,38 @@ def plain_losses(corpus: Corpus, weights: dict[str, Tensor]) -> Iterator[float]:
         yield loss.item()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_300_steps_learn_what_plain_pytorch_learns() -> None:
+def trained(steps: int) -> tuple[Corpus, dict[str, Tensor], list[float]]:
+    """The text, the first weights, and the trainer's losses."""
     groups = parallel.join(Layout(), torch.device("cpu"), timeout_s=60)
     corpus = Corpus.open(seed=0, seq=SEQ, sequences_per_step=SEQUENCES)
     trainer = Trainer(JOB, groups, corpus, device=torch.device("cpu"), session=current())
     initialise(trainer.state, JOB.shape, seed=0)
     trainer.optimizer.publish()
     first = {name: trainer.state.weight(name).clone() for name, _ in JOB.shape.sizes()}
-    ours = [trainer.step().loss for _ in range(STEPS)]
-    theirs = list(plain_losses(corpus, first))
-    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    print(f"\n20 steps {max(apart[:20]):.2g}, 300 steps {max(apart):.2g}, end {sum(ours[-20:]) / 20:.4f}")
-    # Differences of a few units in the last place grow with every step; what is learnt stays the same.
-    assert max(apart[:4]) < 1e-6
-    assert max(apart[:20]) < 1e-4
-    assert abs(sum(ours[-20:]) - sum(theirs[-20:])) / 20 < 3e-2
-    assert sum(ours[-20:]) / 20 < BELOW
+    return corpus, first, [trainer.step().loss for _ in range(steps)]
+
+
+def test_20_steps_are_as_near_to_fp64_as_those_of_plain_pytorch() -> None:
+    corpus, first, ours = trained(20)
+    exact = list(islice(plain_losses(corpus, first, torch.float64), 20))
+    off, off_plain = (
+        max(abs(a - b) for a, b in zip(exact, losses, strict=False))
+        for losses in (ours, plain_losses(corpus, first))
+    )
+    print(f"\nagainst fp64 {off:.2g}, plain fp32 {off_plain:.2g}")
+    assert off < 3 * off_plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_300_steps_learn_what_plain_pytorch_learns() -> None:
+    """In the mean of the last twenty: differences of a unit in the last place grow with every step.
+
+    Plain fp32 with the two sequences of a batch swapped is 5e-5 off fp64 by step 40, 0.04 by step 100, 0.4 by
+    step 300; the mean of its last twenty losses is 0.01 off.
+    """
+    corpus, first, losses = trained(STEPS)
+    ours, theirs = (sum(of[-20:]) / 20 for of in (losses, list(plain_losses(corpus, first))))
+    print(f"\nends at {ours:.4f}, plain {theirs:.4f}")
+    assert abs(ours - theirs) < 3e-2
+    assert ours < BELOW

@@ -136,6 +136,18 @@ def test_an_update_is_that_of_torch(clip: float) -> None:
         torch.testing.assert_close(state.weight(name), parameter.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_the_norm_of_a_large_gradient_is_exact_where_one_fp32_sum_is_not() -> None:
+    """Else clipping scales each gradient by an error of its own, and training drifts from anybody else's."""
+    shape = replace(SMALL, vocabulary=2**16)
+    index = FlatIndex.of(shape, Layout(), Layout().coordinates(0))
+    state = FlatState(index, 0, device=CPU, dtype=torch.float32)
+    state.grads[: index.used] = torch.randn(index.used, generator=torch.Generator().manual_seed(0))
+    exact = float(torch.linalg.vector_norm(state.grads, dtype=torch.float64))
+    optimizer = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig())
+    update = optimizer.update(torch.ones(1), lr=1e-3)
+    assert update.grad_norm == pytest.approx(exact, rel=1e-7)
+
+
 @pytest.mark.parametrize("left_out", [False, True])
 def test_an_update_that_would_do_harm_changes_nothing_but_is_told(left_out: bool) -> None:
     """A gradient that is not finite, and a batch that is to be left out."""

@@ -26,6 +26,8 @@ from keepstep.llama.parallel import Groups
 from keepstep.llama.tensor_parallel import reduce_scatter
 from keepstep.session import Session, current
 
+ROW = 1024  # elements of the gradient whose squares are added in fp32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
@@ -167,9 +169,9 @@ class ShardedAdamW:
         a batch that is left out.
         """
         grads = self.gradients.sum()
-        squares = torch.stack([torch.linalg.vector_norm(grads[piece]).square() for piece in self._pieces])
+        squares = torch.stack([squared_norm(grads[piece]) for piece in self._pieces])
         others = [losses.new_full(losses.shape, value, dtype=torch.float64) for value in (*asks, *says)]
-        rows = self._gathered(torch.stack((losses.double(), squares.double(), *others), dim=1))
+        rows = self._gathered(torch.stack((losses.double(), squares, *others), dim=1))
         summed = 2 + len(asks)
         loss, square, *wished = _totals(rows, summed)
         least = tuple(min(column) for column in zip(*(row[summed:] for row in rows), strict=True))
@@ -229,6 +231,18 @@ class ShardedAdamW:
                 [self._count], lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=decay,
                 eps=config.eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
             )  # fmt: skip
+
+
+def squared_norm(part: Tensor) -> Tensor:
+    """Of a flat vector, in fp64.
+
+    PyTorch adds one after the other on CPU: in fp32 the sum soon hides what is added to it. The norm of 3
+    million elements came out 5e-4 too small, that of 50 million 4e-3, and clipping scaled every gradient so.
+    """
+    whole = len(part) // ROW * ROW
+    rows = torch.linalg.vector_norm(part[:whole].view(-1, ROW), dim=1)
+    rest = torch.linalg.vector_norm(part[whole:])
+    return rows.double().square().sum() + rest.double().square()
 
 
 def _totals(rows: list[list[float]], columns: int) -> list[float]:
