@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import importlib
 import pickle
 import select
 import signal
@@ -26,6 +27,8 @@ from torch._C._distributed_c10d import FileStore
 
 T = TypeVar("T")
 torch.set_num_threads(1)
+# The thread that watches progress bars (of transformers, of datasets) would outlive the test that drew one.
+importlib.import_module("tqdm").tqdm.monitor_interval = 0
 
 
 def run(

@@ -31,12 +31,6 @@ SHAPE = ModelShape(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that watches transformers' progress bars would outlive its test, and others fork."""
-    monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)
-
-
 def state_of(layout: Layout, rank: int, shape: ModelShape = SHAPE) -> FlatState:
     coordinates = layout.coordinates(rank)
     index = FlatIndex.of(shape, layout, coordinates)
