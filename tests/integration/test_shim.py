@@ -357,6 +357,30 @@ def test_a_claimed_directory_without_a_shim_is_an_ending(tmp_path: Path) -> None
     assert ending.shim_died
 
 
+def test_ranks_meet_at_a_cold_store(tmp_path: Path) -> None:
+    argv = script(
+        tmp_path,
+        f"""
+import os, sys
+sys.path.insert(0, {str(Path(processes.__file__).parents[3])!r})
+from keepstep.agent.rank.rendezvous import tcp_store
+store = tcp_store()(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+store.set(os.environ["RANK"], "here")
+print(store.get("0"), store.get("1"))  # waits for the other
+""",
+    )
+    file = launch_file(tmp_path, argv, ranks=2, store=True)
+
+    async def check() -> Ending:
+        async with launched(tmp_path / "1", file) as shim:
+            assert shim.status.store, shim.status.note
+            return await shim.ended(timeout_s=WITHIN_S)
+
+    ending = asyncio.run(check())
+    assert [rank.exit_code for rank in ending.ranks] == [0, 0], said(tmp_path / "1")
+    assert [said(tmp_path / "1", rank) for rank in (0, 1)] == ["b'here' b'here'\n"] * 2
+
+
 def test_a_shim_that_cannot_start_says_why(tmp_path: Path) -> None:
     file = launch_file(tmp_path, ("true",), limits={}, rotate=Rotate(bytes=1, files=1), store=True)
 

@@ -115,7 +115,9 @@ def tcp_store() -> Any:
             return _of_the_library()
         for name in _STANDS_IN:
             sys.modules.pop(name, None)
-    return importlib.import_module("torch.distributed").TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore
 
 
 _STANDS_IN = ("torch.distributed", "torch")
