@@ -242,7 +242,8 @@ def squared_norm(part: Tensor) -> Tensor:
     whole = len(part) // ROW * ROW
     rows = torch.linalg.vector_norm(part[:whole].view(-1, ROW), dim=1)
     rest = torch.linalg.vector_norm(part[whole:])
-    return rows.double().square().sum() + rest.double().square()
+    total: Tensor = rows.double().square().sum() + rest.double().square()
+    return total
 
 
 def _totals(rows: list[list[float]], columns: int) -> list[float]:
