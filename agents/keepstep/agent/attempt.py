@@ -17,7 +17,7 @@ from keepstep.agent import preparation, report, shimlink
 from keepstep.agent.alone import Solitude
 from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
-from keepstep.agent.pulse import Pulses, phases
+from keepstep.agent.pulse import Pulses, bubble_s, phases
 from keepstep.agent.rank.protocol import IDENTITY, LAUNCH, RankState, ShimStatus
 from keepstep.agent.standbys import Place
 from keepstep.agent.surroundings import Surroundings
@@ -380,6 +380,7 @@ class Attempt:
             ),
             losses=tuple(self.progress.losses),
             phases=phases(self.shim.beacons.values()) if self.shim is not None else (),
+            bubble_s=bubble_s(self.shim.beacons.values()) if self.shim is not None else 0.0,
         )
 
     def _now_ns(self) -> int:
