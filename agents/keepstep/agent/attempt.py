@@ -355,33 +355,23 @@ class Attempt:
     def _status(self) -> AttemptStatus:
         if self.shim is not None:
             self.progress.refresh(self.shim.beacons)
+        beacons = self.shim.beacons.values() if self.shim is not None else ()
         now_ns = self._now_ns()
         return AttemptStatus(
-            job=self.launch.job,
-            attempt=self.launch.attempt,
-            incarnation=self.launch.incarnation,
-            phase=self._phase,
-            reason=self._reason,
-            master=self._master,
-            warm=self._warm,
-            cold_reason="" if self._warm else self._cold_reason,
-            alive=self._alive,
+            job=self.launch.job, attempt=self.launch.attempt, incarnation=self.launch.incarnation,
+            phase=self._phase, reason=self._reason, master=self._master, warm=self._warm,
+            cold_reason="" if self._warm else self._cold_reason, alive=self._alive,
             unfenced_s=self.solitude.unfenced_s if self._phase == "running" else None,
             ranks=tuple(
                 report.rank_status(
-                    state,
-                    self.progress.records.get(state.rank),
-                    self._evidence.get(state.rank),
-                    self.pulses.ranks.get(state.rank),
-                    now_ns,
+                    state, self.progress.records.get(state.rank), self._evidence.get(state.rank),
+                    self.pulses.ranks.get(state.rank), now_ns,
                     self._around.gpu_of(self._slots, state.local_rank),
                 )
                 for state in self._states
             ),
-            losses=tuple(self.progress.losses),
-            phases=phases(self.shim.beacons.values()) if self.shim is not None else (),
-            bubble_s=bubble_s(self.shim.beacons.values()) if self.shim is not None else 0.0,
-        )
+            losses=tuple(self.progress.losses), phases=phases(beacons), bubble_s=bubble_s(beacons),
+        )  # fmt: skip
 
     def _now_ns(self) -> int:
         return int(self._around.clock.monotonic() * 1e9)
