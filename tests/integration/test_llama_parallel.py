@@ -147,15 +147,31 @@ def test_fewer_replicas_give_the_bits_of_the_number_asked_for(
         assert same(gangs.run(layout, steps=6, replicas=int(asked[0])), whole), layout
 
 
-def test_a_checkpoint_of_one_layout_goes_on_in_others(gangs: Gangs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        laid_out("2x2x2"),
+        laid_out("1x2x2x1", pipeline=pipeline("interleaved", 2)),
+        laid_out("2x2x1", slow=True, pipeline=pipeline("gpipe", 3)),
+    ],
+)
+def test_a_checkpoint_of_one_layout_goes_on_in_others(
+    gangs: Gangs, tmp_path: Path, layout: str, options: dict[str, Any]
+) -> None:
     folder = str(tmp_path / "job")
-    whole = gangs.run("2x2x2", steps=10)
-    gangs.run("2x2x2", steps=10, stop_at=5, checkpoint=folder)
-    for layout in ("2x2x2", "1x1x1", "4x1x2", "2x1x2x1"):
-        rest = gangs.run(layout, steps=10, restore=5, checkpoint=folder, replicas=0)
+    whole = gangs.run(layout, steps=10, **options)
+    gangs.run(layout, steps=10, stop_at=5, checkpoint=folder, **options)
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("1x1x1", {}),
+        ("4x1x2", {}),
+        ("2x1x2x1", {}),
+        ("1x2x1", {"pipeline": pipeline("interleaved", 3)}),
+    ]
+    for other, changed in [(layout, options), *others]:
+        rest = gangs.run(other, steps=10, restore=5, checkpoint=folder, replicas=0, **changed)
         assert len(rest["losses"]) == 5
         worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][5:], strict=True))
-        assert worst == 0.0 if layout == "2x2x2" else worst < 1e-5, layout
+        assert worst == 0.0 if other == layout else worst < 1e-5, other
 
 
 MODEL = {"layers": 2, "dim": 32, "ffn_dim": 64, "heads": 4, "kv_heads": 2, "vocabulary": 260, "max_seq": 64}

@@ -109,6 +109,7 @@ def test_what_two_nodes_hold_loads_in_every_layout(held: list[Node], tmp_path: P
         Layout(dp=1, pp=4, tp=1),
         Layout(dp=4, pp=1, tp=2),
         Layout(dp=1, pp=2, tp=4),
+        Layout(dp=2, cp=2, tp=2),
     ):
         for rank in range(layout.world_size):
             state = state_of(layout, rank)

@@ -240,9 +240,10 @@ def squared_norm(part: Tensor) -> Tensor:
     million elements came out 5e-4 too small, that of 50 million 4e-3, and clipping scaled every gradient so.
     """
     whole = len(part) // ROW * ROW
-    rows: Tensor = torch.linalg.vector_norm(part[:whole].view(-1, ROW), dim=1)
-    rest: Tensor = torch.linalg.vector_norm(part[whole:])
-    return rows.double().square().sum() + rest.double().square()
+    rows = torch.linalg.vector_norm(part[:whole].view(-1, ROW), dim=1)
+    rest = torch.linalg.vector_norm(part[whole:])
+    total: Tensor = rows.double().square().sum() + rest.double().square()
+    return total
 
 
 def _totals(rows: list[list[float]], columns: int) -> list[float]:
