@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from keepstep.agent.pulse import Pulses, phases, spent
+from keepstep.agent.pulse import Pulses, bubble_s, phases, spent
 from keepstep.agent.rank import processes
 from keepstep.agent.rank.protocol import RankState
 from keepstep.control.pace import Paces
@@ -101,6 +101,10 @@ def test_where_the_time_went(rank: Rank) -> None:
     told = {seen.phase: seen for seen in phases([rank.reader, rank.reader])}
     assert (told["forward"].count, told["forward"].ranks) == (6, 2)
     assert sum(told["forward"].bins) == 6 and len(told["forward"].bins) == BINS
+    assert bubble_s([rank.reader]) == 0
+    rank.session.wait("pp")
+    rank.session.go_on()
+    assert bubble_s([rank.reader, rank.reader]) == 2 * rank.reader.bubble_ns() / 1e9 > 0
 
 
 def test_the_graver_trouble_stays(rank: Rank) -> None:

@@ -76,6 +76,21 @@ def test_completed_phases_are_counted_with_what_they_waited(beacon: int) -> None
     assert seen[Phase.FORWARD].waited_ns == 0
 
 
+def test_what_was_waited_for_a_pipeline_stands_beside_all_that_was_waited(beacon: int) -> None:
+    session, reader = current(), BeaconReader.of_descriptor(beacon)
+    session.phase(Phase.FORWARD)
+    session.wait("tp")
+    session.go_on()
+    assert reader.bubble_ns() == 0
+    session.wait("pp", 3, peer=1)
+    session.go_on()
+    first = reader.bubble_ns()
+    session.wait("pp", 4, peer=1)
+    session.phase(Phase.BACKWARD)
+    waited = reader.phases()[Phase.FORWARD].waited_ns
+    assert 0 < first < reader.bubble_ns() < waited
+
+
 def test_bins_are_half_octaves_and_a_full_one_ages_them_all() -> None:
     for k in range(BINS - 1):
         edge = round(bin_edge_s(k) * 1e9)

@@ -17,7 +17,7 @@ from keepstep.agent import preparation, report, shimlink
 from keepstep.agent.alone import Solitude
 from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
-from keepstep.agent.pulse import Pulses, phases
+from keepstep.agent.pulse import Pulses, bubble_s, phases
 from keepstep.agent.rank.protocol import IDENTITY, LAUNCH, RankState, ShimStatus
 from keepstep.agent.standbys import Place
 from keepstep.agent.surroundings import Surroundings
@@ -355,32 +355,23 @@ class Attempt:
     def _status(self) -> AttemptStatus:
         if self.shim is not None:
             self.progress.refresh(self.shim.beacons)
+        beacons = self.shim.beacons.values() if self.shim is not None else ()
         now_ns = self._now_ns()
         return AttemptStatus(
-            job=self.launch.job,
-            attempt=self.launch.attempt,
-            incarnation=self.launch.incarnation,
-            phase=self._phase,
-            reason=self._reason,
-            master=self._master,
-            warm=self._warm,
-            cold_reason="" if self._warm else self._cold_reason,
-            alive=self._alive,
+            job=self.launch.job, attempt=self.launch.attempt, incarnation=self.launch.incarnation,
+            phase=self._phase, reason=self._reason, master=self._master, warm=self._warm,
+            cold_reason="" if self._warm else self._cold_reason, alive=self._alive,
             unfenced_s=self.solitude.unfenced_s if self._phase == "running" else None,
             ranks=tuple(
                 report.rank_status(
-                    state,
-                    self.progress.records.get(state.rank),
-                    self._evidence.get(state.rank),
-                    self.pulses.ranks.get(state.rank),
-                    now_ns,
+                    state, self.progress.records.get(state.rank), self._evidence.get(state.rank),
+                    self.pulses.ranks.get(state.rank), now_ns,
                     self._around.gpu_of(self._slots, state.local_rank),
                 )
                 for state in self._states
             ),
-            losses=tuple(self.progress.losses),
-            phases=phases(self.shim.beacons.values()) if self.shim is not None else (),
-        )
+            losses=tuple(self.progress.losses), phases=phases(beacons), bubble_s=bubble_s(beacons),
+        )  # fmt: skip
 
     def _now_ns(self) -> int:
         return int(self._around.clock.monotonic() * 1e9)

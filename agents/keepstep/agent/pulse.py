@@ -135,6 +135,11 @@ def phases(beacons: Iterable[BeaconReader]) -> tuple[PhaseSeen, ...]:
     )  # fmt: skip
 
 
+def bubble_s(beacons: Iterable[BeaconReader]) -> float:
+    """What the ranks of this node waited for their neighbours in a pipeline."""
+    return sum(beacon.bubble_ns() for beacon in beacons) / 1e9
+
+
 def _felt(was: Pulse, pid: int, counter: int, elapsed_s: float) -> Pulse:
     counted_s = min(max(elapsed_s, 0.0), _COUNTED_MAX_S)
     still_s = was.still_s + counted_s if counter == was.counter else 0.0

@@ -70,6 +70,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
             "mfu": point.mfu if point else None,
             "checkpoint_step": entry.progress.checkpoint_step if entry else None,
             "age_s": control.time.age(entry.progress.moved_at) if entry else None,
+            "time": entry.progress.shares() if entry else {},
         },
         "restarts": {"used": used, "max": spec.recovery.restarts.max},
         "waiting_for": job.reason if job.state == JobState.QUEUED else None,

@@ -1,5 +1,6 @@
 """keepstep list and status: jobs as rows, and one job in short."""
 
+import functools
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +44,11 @@ def _progress(job: Json, name: str) -> Any:
     return (job.get("progress") or {}).get(name)
 
 
+def _share(part: str, job: Json) -> str:
+    share = (_progress(job, "time") or {}).get(part)
+    return "-" if share is None else f"{share:.0%}"
+
+
 COLUMNS = (
     Column("ID", lambda job: str(job["id"])),
     Column("STATE", lambda job: str(job["state"]), state=True),
@@ -59,6 +65,15 @@ COLUMNS = (
     Column("NODES", lambda job: ",".join((job.get("attempt") or {}).get("nodes") or []) or "-", wide=True),
     Column("OWNER", lambda job: str(job.get("principal") or "-"), wide=True),
     Column("REASON", lambda job: str(job.get("waiting_for") or job.get("reason") or ""), wide=True),
+)
+
+# Of the time in steps.
+TIME_COLUMNS = (
+    Column("ID", lambda job: str(job["id"])),
+    *(
+        Column(part.upper(), functools.partial(_share, part), right=True)
+        for part in ("data", "forward", "backward", "optimizer", "communication", "bubble")
+    ),
 )
 
 
@@ -122,6 +137,7 @@ def summary(job: Json) -> list[tuple[str, str]]:
         ("job", str(job["id"])),
         ("state", " ".join(filter(None, (str(job["state"]), _why(job))))),
         ("progress", "  ".join(filter(None, (step, loss, *speed)))),
+        ("time", _time(progress.get("time") or {})),
         ("checkpoint", f"step {saved}" if saved is not None and saved >= 0 else ""),
         ("memory", _memory(job.get("memory") or {})),
         ("layout", f"{layout_of(job)}  ({job.get('world_size')} ranks)"),
@@ -131,6 +147,10 @@ def summary(job: Json) -> list[tuple[str, str]]:
         ("exit code", "" if job.get("exit_code") is None else str(job["exit_code"])),
         ("age", age_of(job)),
     ]
+
+
+def _time(time: Json) -> str:
+    return ", ".join(f"{part} {share:.0%}" for part, share in time.items() if share)
 
 
 def _memory(memory: Json) -> str:

@@ -18,7 +18,7 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
     every: Annotated[float, typer.Option("--every", help="Seconds between two looks.")] = 1.0,
 ) -> None:
-    """Jobs and nodes at a glance, live; Ctrl-C ends it."""
+    """Jobs, where their time goes, and nodes at a glance, live; Ctrl-C ends it."""
     client = connect(ctx)
 
     def show() -> None:
@@ -33,6 +33,9 @@ def top(
         print()
         draw(alive[:20], jobs.COLUMNS)
         print()
+        if stepping := [job for job in alive[:20] if (job.get("progress") or {}).get("time")]:
+            draw(stepping, jobs.TIME_COLUMNS)
+            print()
         troubled = sorted(fleet, key=lambda node: node["state"] == "ready")
         draw(troubled[:20], nodes.COLUMNS)
 

@@ -4,12 +4,14 @@ The controller is the only writer of its store, so a job is read again only afte
 it. Beside the rows stands what only a running controller knows: how far the gang has come, and since when.
 """
 
+import itertools
 import statistics
 from collections import deque
 from dataclasses import dataclass, field, replace
 
 from keepstep.control.observed import ObservedTime
 from keepstep.control.pace import Paces
+from keepstep.control.shares import shares
 from keepstep.core.durations import Usual, added
 from keepstep.core.ids import Attempt, JobId, Node, Step
 from keepstep.core.job import JobSpec
@@ -40,10 +42,15 @@ class Progress:
     stall_s: float = 0.0  # training time lost to checkpoints, the most of any rank
     checkpoint_step: int = -1
     phases: dict[Node, tuple[PhaseSeen, ...]] = field(default_factory=dict)  # as each node last told
+    bubbles: dict[Node, float] = field(default_factory=dict)  # seconds, of what was waited in them
     paces: Paces = field(default_factory=Paces)
     losses: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=128))  # by step
     learnt_at: float = -1.0  # observed time at which they were last added up
     snapshots: dict[int, int] = field(default_factory=dict)  # rank -> its newest step in memory
+
+    def shares(self) -> dict[str, float]:
+        """Of the time in steps, by what it was spent on; empty while nothing is known."""
+        return shares(itertools.chain(*self.phases.values()), sum(self.bubbles.values()))
 
     @property
     def snapshot_step(self) -> int:

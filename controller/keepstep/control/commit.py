@@ -78,12 +78,13 @@ class _Pen:
         )
         return decision.id
 
-    def tell(self, kind: str, *, incident: int | None = None, **data: Any) -> None:
+    def tell(self, kind: str, *, incident: int | None = None, text: str = "", **data: Any) -> None:
+        """Into the timeline, with the change's reason where there is no `text`."""
         attempt = getattr(self.change, "attempt", None)
         self.writer.add_event(
             NewEvent(
                 kind=kind,
-                text=self.change.reason,
+                text=text or self.change.reason,
                 job=self.job,
                 attempt=attempt,
                 incident=incident,
@@ -114,7 +115,7 @@ def commit(writer: Writer, entry: Entry, view: JobView, change: p.JobChange) -> 
         case p.Dead():
             _dead(pen, change)
         case p.Complete():
-            _stall(pen)
+            _sums(pen)
             pen.attempt(AttemptEvent.COMPLETE, outcome="succeeded")
             pen.move(JobEvent.COMPLETE, exit_code=0)
             pen.incident(IncidentEvent.CLOSE, closed_at=writer.now)
@@ -153,8 +154,11 @@ def _dead(pen: _Pen, change: p.Dead) -> None:
             pen.writer.update_job(pen.job, wanted="run", wanted_reason="")
 
 
-def _stall(pen: _Pen) -> None:
-    """Training time that the attempt lost to checkpoints, told once, when it is over."""
+def _sums(pen: _Pen) -> None:
+    """What the attempt lost to checkpoints, and what its time went into: told once, when it is over."""
+    if by_phase := pen.entry.progress.shares():
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in by_phase.items() if share)
+        pen.tell("spent", text=f"time in steps: {parts}", by_phase=by_phase)
     stall_s = pen.entry.progress.stall_s
     if stall_s > 0:
         pen.tell("stall", seconds=stall_s)
@@ -219,7 +223,7 @@ def _end(pen: _Pen, change: p.End) -> None:
             pen.writer.update_incident(incident, state=IncidentState.CLOSED, closed_at=pen.writer.now)
         incident = row.id
     pen.decide("end")
-    _stall(pen)
+    _sums(pen)
     pen.attempt(AttemptEvent.END, reason=change.reason, incident=incident)
     wanted = pen.entry.job.wanted
     if verdict is None and wanted != "run":

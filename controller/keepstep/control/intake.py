@@ -50,6 +50,7 @@ def follow(book: Book, fleet: Fleet, member: Member) -> bool:
             continue
         status = member.attempts[job, number].status
         if status.phases:
+            entry.progress.bubbles[member.name] = status.bubble_s
             _learn(entry, fleet, member, status.phases)
         newest = entry.progress.losses[-1][0] if entry.progress.losses else -1
         entry.progress.losses.extend((step, loss) for step, loss in status.losses if step > newest)

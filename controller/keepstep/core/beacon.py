@@ -6,6 +6,7 @@ sequence number at both ends. The page is a memfd that the shim makes, so it has
 of it when the last holder is gone. Standard library only: this module runs inside ranks.
 
     0     magic, version, pid, rank, world size
+    24    how long the rank waited for its neighbours in a pipeline
     64    record A        (the writer alternates; the reader takes the newest whole one)
     256   record B
     448   a table by phase: how often it was completed, how long that took
@@ -24,6 +25,7 @@ VERSION = 2
 PAGE = 4096
 
 _HEAD = struct.Struct("<8sHxxIII")
+_BUBBLE = 24
 _RECORD = struct.Struct("<QqQIIQQQQqqqQQQQ16sQQ")
 _RECORDS = (64, 256)
 _TABLE, _ROWS, _ROW = 448, 12, 96
@@ -132,6 +134,7 @@ class BeaconWriter:
         _HEAD.pack_into(page, 0, MAGIC, VERSION, os.getpid(), rank, world_size)
         table = memoryview(page)[_TABLE : _TABLE + _ROWS * _ROW]
         self._sums, self._bins = table.cast("Q"), table.cast("H")
+        self._bubble = memoryview(page)[_BUBBLE : _BUBBLE + 8].cast("Q")
 
     def write(self, record: Record) -> None:
         """Publish a state; its sequence number is set here."""
@@ -220,23 +223,19 @@ class BeaconWriter:
                 bins[each] >>= 1
         bins[k] += 1
 
+    def bubble(self, ns: int) -> None:
+        """So long a wait was for a neighbour in a pipeline."""
+        self._bubble[0] += ns
+
     def point(self, point: Point) -> None:
         """Add a completed step to the ring; the step is written last, so a torn entry is not taken."""
         offset = _RING + (point.step % _RING_SIZE) * _POINT.size
         mark = point.step + 1
         self._page[offset : offset + 8] = bytes(8)
         _POINT.pack_into(
-            self._page,
-            offset,
-            0,
-            point.at_ns,
-            point.loss,
-            point.grad_norm,
-            point.tokens_per_s,
-            point.tflops,
-            point.mfu,
-            mark,
-        )
+            self._page, offset, 0, point.at_ns, point.loss, point.grad_norm, point.tokens_per_s,
+            point.tflops, point.mfu, mark,
+        )  # fmt: skip
         struct.pack_into("<Q", self._page, offset, mark)
 
 
@@ -318,6 +317,14 @@ class BeaconReader:
                     count=count, total_ns=total, waited_ns=waited, longest_ns=longest, bins=bins
                 )
         return found
+
+    def bubble_ns(self) -> int:
+        """What the rank waited for its neighbours in a pipeline, in all; 0 where nobody tells it."""
+        magic, version, *_ = _HEAD.unpack_from(self._page, 0)
+        if magic != MAGIC or version != VERSION:
+            return 0
+        (bubble,) = struct.unpack_from("<Q", self._page, _BUBBLE)
+        return int(bubble)
 
     def points(self, after_step: int) -> list[Point]:
         """The completed steps past `after_step` that are still in the ring, oldest first."""

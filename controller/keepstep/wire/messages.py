@@ -98,6 +98,7 @@ class AttemptStatus(Part, kw_only=True, frozen=True):
     unfenced_s: float | None = None  # no controller and no step for this long
     ranks: tuple[RankStatus, ...] = ()
     phases: tuple[PhaseSeen, ...] = ()
+    bubble_s: float = 0.0  # of what they waited, for neighbours in a pipeline
     losses: tuple[tuple[int, float], ...] = ()  # of the last steps, where this node knows them
 
 

@@ -35,6 +35,7 @@ from keepstep.core.beacon import PAGE, BeaconWriter, Phase, Point, Trouble, writ
 if TYPE_CHECKING:
     from keepstep.session.snapshot import Snapshots
 
+PIPELINE = b"pp"  # the group whose waits are a pipeline's bubble
 _MEMFD = "keepstep-beacon"  # the name that the shim gives its pages
 _NAN = math.nan
 _log = logging.getLogger("keepstep.session")
@@ -101,6 +102,8 @@ class Session:
 
     def _end_wait(self, now: int) -> None:
         waited = now - self._waiting_ns
+        if self._group == PIPELINE:
+            self._writer.bubble(waited)
         self._waiting_ns, self._peer = 0, -1
         self._waited_ns += waited
         self._wait_ns += waited
