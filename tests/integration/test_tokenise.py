@@ -339,6 +339,7 @@ def test_byte_pairs_in_shards_are_what_the_tokenizer_gives(tmp_path: Path, words
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    before = set(children_of(os.getpid()))  # of other tests
     yield
     assert list(tmp_path.rglob(".*.*.[0-9]*")) == []
-    assert children_of(os.getpid()) == []
+    assert set(children_of(os.getpid())) <= before
