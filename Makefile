@@ -17,6 +17,10 @@ QUICK := unit property golden contract integration
 TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
 HAS_GPU := test -e /proc/driver/nvidia/version || nvidia-smi -L >/dev/null 2>&1
 
+# Some environments forbid bytecode to be written. Importing torch without it takes three times as long, in every
+# process: in .venv it is written.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-all check lint types contracts tidy format bench requirements clean
 
@@ -33,8 +37,8 @@ test: setup ## the quick suites: a few minutes
 
 test-slow: setup $(VENV)/.peers $(VENV)/.ray ## what `make test` leaves out: slow ones and e2e
 	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) $(ABREAST) tests/e2e --durations=25)
-	$(PYTEST) tests/contract -m slow  # one after the other: a Ray cluster takes the whole machine for its own
-	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e --ignore=tests/contract -m slow
+	$(PYTEST) tests/contract -m slow --durations=10  # one after the other: a Ray cluster takes the whole machine for its own
+	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e --ignore=tests/contract -m slow --durations=25
 
 test-all: test test-slow ## every suite
 
@@ -89,6 +93,8 @@ $(VENV)/.requirements: $(VENV)/.uv requirements/dev.txt requirements/torch.txt
 
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml
 	$(UV) pip install --quiet --no-deps --no-build-isolation -e .
+	@# What everything imports, once, before several processes at a time do.
+	$(BIN)/python -c "import keepstep.llama.preload, keepstep.cli.main, keepstep.api.process"
 	@touch $@
 
 # Other people's trainers, which the slow suite runs unchanged.
