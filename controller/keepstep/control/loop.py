@@ -119,6 +119,11 @@ class Controller:
         """Read a job again after something was written for it."""
         self.book.take(await self.on_store(self.book.read, job))
 
+    @property
+    def up_s(self) -> float:
+        """Since it took its term."""
+        return self.time.age(self._started)
+
     def wake(self) -> None:
         self._wake.set()
 
@@ -186,7 +191,7 @@ class Controller:
         self.wards.reconcile()
         self.validations.reconcile()
         for _ in range(_ROUNDS_MAX):
-            view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.time.age(self._started))
+            view = draw(self.book, self.fleet, wall=self.clock.wall(), up_s=self.up_s)
             plan = decide(view, self.policy)
             if not await self._take(plan, view):
                 break

@@ -7,6 +7,7 @@ another one, so that a sick partner or link is not taken for it. What it came to
 import asyncio
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PARTNERS = 2  # the second one where it fails with the first
+_LOOK_S = 1.0
 _START_WITHIN_S = 120.0  # a partner that was idle may get a job meanwhile
 
 
@@ -105,6 +107,7 @@ class Validations:
             return _validation(alone, f"{alone.judged.verdict}: {alone.judged.reason}", passed=False)
         failed: list[str] = []
         mute: list[str] = []  # with whom nothing could be tested
+        await self._others_back(node)
         for partner in self._partners(node)[:_PARTNERS]:
             both = [node, partner]
             pair = await self._trials.run(
@@ -125,14 +128,27 @@ class Validations:
         but = f"nothing could be tested with {' and '.join(mute)}" if mute else "no partner was idle"
         return _validation(alone, f"{alone.judged.reason}; {but}")
 
+    async def _others_back(self, node: Node) -> None:
+        """Right after a controller's start its agents are still on their way: that is not said to be none."""
+        controller = self._controller
+        while controller.up_s < controller.policy.return_within_s and any(
+            not member.talks(controller.time) for member in self._alike(node) if member.life in WORKING
+        ):
+            told = controller.told
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await told.wait()
+
+    def _alike(self, node: Node) -> "list[Member]":
+        members = self._controller.fleet.members
+        mine = members[node]
+        others = (member for name, member in members.items() if name != node)
+        return [other for other in others if (other.pool, other.slots) == (mine.pool, mine.slots)]
+
     def _partners(self, node: Node) -> list[Node]:
         """Idle nodes in service like it, those that are not on probation first."""
-        mine = self._controller.fleet.members[node]
-        alike = [
-            member
-            for member in self._idle()
-            if member.name != node and member.pool == mine.pool and member.slots == mine.slots
-        ]
+        idle = {member.name for member in self._idle()}
+        alike = [member for member in self._alike(node) if member.name in idle]
         alike.sort(key=lambda member: (member.life is not LifeState.HEALTHY, member.name))
         return [member.name for member in alike]
 
