@@ -22,7 +22,7 @@ HAS_GPU := test -e /proc/driver/nvidia/version || nvidia-smi -L >/dev/null 2>&1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check lint types contracts tidy format bench requirements clean
+.PHONY: help setup demo test test-slow test-long test-all check lint types contracts tidy format bench requirements clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -33,14 +33,17 @@ demo: setup ## a gang that trains while ranks and a node are killed under it
 	$(BIN)/keepstep demo
 
 test: setup ## the quick suites: a few minutes
-	$(PYTEST) $(ABREAST) $(wildcard $(QUICK:%=tests/%)) -m "not slow"
+	$(PYTEST) $(ABREAST) $(wildcard $(QUICK:%=tests/%)) -m "not slow and not long"
 
 test-slow: setup $(VENV)/.peers $(VENV)/.ray ## what `make test` leaves out: slow ones and e2e
-	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) $(ABREAST) tests/e2e --durations=25)
-	$(PYTEST) tests/contract -m slow --durations=10  # one after the other: a Ray cluster takes the whole machine for its own
-	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e --ignore=tests/contract -m slow --durations=25
+	$(if $(wildcard tests/e2e/test_*.py),$(PYTEST) $(ABREAST) tests/e2e -m "not long" --durations=25)
+	$(PYTEST) tests/contract -m "slow and not long" --durations=10  # one after the other: a Ray cluster takes the whole machine for its own
+	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e --ignore=tests/contract -m "slow and not long" --durations=25
 
-test-all: test test-slow ## every suite
+test-long: setup $(VENV)/.peers $(VENV)/.ray ## what CI has no time for: before a release
+	$(PYTEST) $(ABREAST) tests -m long --durations=25
+
+test-all: test test-slow test-long ## every suite
 
 check: lint types contracts tidy ## lint, format, types, import contracts, tidiness (-k: all of them)
 

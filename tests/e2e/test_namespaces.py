@@ -104,7 +104,7 @@ OVERLAPS = {
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", OVERLAPS)
+@pytest.mark.parametrize("case", ["self-fence", pytest.param("lease", marks=pytest.mark.long)])
 def test_attempts_of_a_script_that_writes_by_itself_never_overlap(site: Site, case: str) -> None:
     """The host that holds rank 0, which writes the state, is cut off with everything that runs on it."""
     tell, recovery, waited_for = OVERLAPS[case]

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.close()
 
 
-@pytest.mark.parametrize("peer", PEERS)
+def with_long(*peers: str) -> list[Any]:
+    """Those of Lightning are left out of CI: it has Hugging Face's."""
+    return [pytest.param(peer, marks=pytest.mark.long if "lightning" in peer else ()) for peer in peers]
+
+
+@pytest.mark.parametrize("peer", with_long(*PEERS))
 def test_a_script_goes_on_from_its_own_checkpoint(cluster: Cluster, tmp_path: Path, peer: str) -> None:
     steps, option, checkpoint, ahead = PEERS[peer]
     saved = tmp_path / "saved"
@@ -79,7 +85,7 @@ recovery: {{hang_after: 8s}}
     assert "started at 800, done at 900" in log.read_text(), cluster.story(job)
 
 
-@pytest.mark.parametrize("peer", ["hf_snapshots", "lightning_snapshots"])
+@pytest.mark.parametrize("peer", with_long("hf_snapshots", "lightning_snapshots"))
 def test_a_library_goes_on_from_memory(cluster: Cluster, tmp_path: Path, peer: str) -> None:
     """One rank is killed in the middle of an epoch: weights and loss scale are as if nothing had been."""
     job = cluster.submit(f"""

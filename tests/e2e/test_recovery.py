@@ -30,6 +30,7 @@ def after(attempt: int) -> Callable[[Json], bool]:
     return lambda told: told["attempt"]["number"] > attempt
 
 
+@pytest.mark.long
 def test_a_rank_killed_in_every_phase(start: Start, undisturbed: Curve) -> None:
     cluster = start(nodes=2, slots=4)
     job = cluster.submit(CUBE)
@@ -45,6 +46,7 @@ def test_a_rank_killed_in_every_phase(start: Start, undisturbed: Curve) -> None:
     assert crashes == [3, 0, 6, 5]
 
 
+@pytest.mark.long
 def test_the_controller_is_killed_under_training(start: Start, undisturbed: Curve) -> None:
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY)
@@ -121,19 +123,7 @@ def test_an_agent_is_upgraded(start: Start) -> None:
     assert told["attempt"]["number"] == 1
 
 
-def test_a_lost_node_is_replaced_by_the_spare(start: Start, undisturbed: Curve) -> None:
-    cluster = start(nodes=3, slots=2)
-    job = cluster.submit(TINY, "resources.spares=1")
-    cluster.wait_step(job, 6)
-    assert cluster.job(job)["attempt"]["spares"] == ["c"]
-    cluster.lose_node("a")
-    told = cluster.wait_step(job, 7, attempt=2)
-    assert told["attempt"]["rung"] == "spare"
-    assert set(told["attempt"]["nodes"]) == {"b", "c"}
-    cluster.wait_state(job, "succeeded")
-    assert difference(cluster.losses(job), undisturbed(TINY)) == 0.0
-
-
+@pytest.mark.long
 def test_without_a_spare_the_job_shrinks_and_grows_back(start: Start, undisturbed: Curve) -> None:
     cluster = start(nodes=2, slots=2, return_after_s=3.0)
     job = cluster.submit(TINY, "run.llama.steps=400")

@@ -18,7 +18,7 @@ from cluster import Cluster, Json
 from e2e.test_hung import TRIO, faulty
 from specs import CUBE, TINY
 
-KILLS = int(os.environ.get("KEEPSTEP_TEST_KILLS", "15"))
+KILLS = int(os.environ.get("KEEPSTEP_TEST_KILLS", "10"))
 Start = Callable[..., Cluster]
 Curve = Callable[[str], dict[int, float]]
 
@@ -111,9 +111,11 @@ def test_a_lost_nodes_states_come_from_its_buddy(start: Start, undisturbed: Curv
     cluster = start(nodes=3, slots=2)
     job = cluster.submit(TINY, "resources.spares=1")
     cluster.wait_step(job, 6)
+    assert cluster.job(job)["attempt"]["spares"] == ["c"]
     cluster.lose_node("a")
     told = cluster.wait_step(job, 7, attempt=2)
     assert told["attempt"]["rung"] == "spare"
+    assert set(told["attempt"]["nodes"]) == {"b", "c"}
     assert from_memory(told["attempt"])
     assert "2 of 4 as buddies' copies" in told["attempt"]["reason"]
     cluster.wait_state(job, "succeeded")
@@ -155,6 +157,7 @@ def test_a_smaller_gang_begins_from_memory(start: Start, undisturbed: Curve) -> 
     assert_equal(cluster, job, undisturbed(TINY))
 
 
+@pytest.mark.long
 def test_a_killed_carrier_is_replaced_while_ranks_go_on(start: Start, undisturbed: Curve) -> None:
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY, "run.llama.steps=2000", "checkpoint.every=1000 steps")
@@ -252,6 +255,7 @@ def test_a_suspended_script_comes_back_from_what_was_stored_of_its_memory(start:
     assert began == [f"goes on from {told['attempt']['restore']['step']}"]
 
 
+@pytest.mark.long
 def test_a_corrupt_state_without_a_copy_gives_way_to_the_one_before(start: Start) -> None:
     """A bit of the newest flips in memory, and its rank dies; there is no buddy that could have a copy."""
     cluster = start(nodes=1, slots=3)
@@ -277,6 +281,7 @@ def test_never_means_never(start: Start) -> None:
     assert not from_memory(told["attempt"])
 
 
+@pytest.mark.long
 def test_what_only_memory_has_outlives_all_of_its_holders(start: Start, undisturbed: Curve) -> None:
     """A job that has to wait for a node stores what the other one holds; then that one is lost, too."""
     cluster = start(nodes=2, slots=2, return_after_s=3.0)

@@ -120,7 +120,7 @@ def test_20_steps_are_as_near_to_fp64_as_those_of_plain_pytorch() -> None:
     assert off < 3 * off_plain
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_300_steps_learn_what_plain_pytorch_learns() -> None:
     """In the mean of the last twenty: differences of a unit in the last place grow with every step.

@@ -17,7 +17,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 STEPS = 8  # it learns in these, and a rule left out is seen
-LONG = 20  # of the layouts that the slow suite adds
+LONG = 20  # of the layouts that the long suite adds
 FEW = 4  # for what must be the same to the bit, or not: the first update shows it already
 
 
@@ -80,10 +80,10 @@ def distance(one: dict[str, Any], other: dict[str, Any], what: str) -> float:
     return max(abs(float(a) - float(b)) for a, b in zip(one[what], other[what], strict=True))
 
 
-def laid_out(layout: str, *, slow: bool = False, **options: Any) -> Any:
+def laid_out(layout: str, *, long: bool = False, **options: Any) -> Any:
     name = "-".join([layout, *(str(v) for part in options.values() for v in part.values())])
-    steps = LONG if slow else STEPS
-    return pytest.param(layout, steps, options, marks=pytest.mark.slow if slow else (), id=name)
+    steps = LONG if long else STEPS
+    return pytest.param(layout, steps, options, marks=pytest.mark.long if long else (), id=name)
 
 
 def pipeline(schedule: str, chunks: int = 1) -> dict[str, Any]:
@@ -98,18 +98,18 @@ LAYOUTS = [
     laid_out("1x2x1", pipeline=pipeline("interleaved", 2)),
     laid_out("1x1x2x1"),
     laid_out("1x1x2", numerics={"recompute": "selective"}),
-    laid_out("1x2x2", slow=True),
-    laid_out("4x1x2", slow=True),
-    laid_out("2x2x1", slow=True),
-    laid_out("1x4x1", slow=True),
-    laid_out("1x5x1", slow=True),  # the first stage has only the embedding
-    laid_out("1x2x2", slow=True, pipeline=pipeline("gpipe", 3)),
-    laid_out("2x2x2", slow=True, pipeline=pipeline("interleaved", 3)),
-    laid_out("2x1x2x2", slow=True),
-    laid_out("1x1x4x2", slow=True),
-    laid_out("1x2x2x2", slow=True, pipeline=pipeline("interleaved", 2)),
-    laid_out("2x2x2x1", slow=True),
-    laid_out("1x2x2x2", slow=True, numerics={"recompute": "full"}, pipeline=pipeline("interleaved", 2)),
+    laid_out("1x2x2", long=True),
+    laid_out("4x1x2", long=True),
+    laid_out("2x2x1", long=True),
+    laid_out("1x4x1", long=True),
+    laid_out("1x5x1", long=True),  # the first stage has only the embedding
+    laid_out("1x2x2", long=True, pipeline=pipeline("gpipe", 3)),
+    laid_out("2x2x2", long=True, pipeline=pipeline("interleaved", 3)),
+    laid_out("2x1x2x2", long=True),
+    laid_out("1x1x4x2", long=True),
+    laid_out("1x2x2x2", long=True, pipeline=pipeline("interleaved", 2)),
+    laid_out("2x2x2x1", long=True),
+    laid_out("1x2x2x2", long=True, numerics={"recompute": "full"}, pipeline=pipeline("interleaved", 2)),
 ]
 
 
@@ -128,7 +128,7 @@ def test_every_layout_trains_like_one_process(
     assert distance(found, alone, "norms") < 1e-4
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", pytest.param("2x2x1x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["1x1x1", pytest.param("2x2x1x2", marks=pytest.mark.long)])
 def test_in_bf16_it_learns_as_much(gangs: Gangs, alone: dict[str, Any], layout: str) -> None:
     """Master weights and sums stay fp32, so losses differ by the rounding of activations alone."""
     found = gangs.run(layout, numerics={"precision": "bf16"})
@@ -172,7 +172,7 @@ def test_fewer_replicas_give_the_bits_of_the_number_asked_for(
     [
         ("2x2x2", {}),
         ("1x2x2x1", {"pipeline": pipeline("interleaved", 2)}),
-        pytest.param("2x2x1", {"pipeline": pipeline("gpipe", 3)}, marks=pytest.mark.slow),
+        pytest.param("2x2x1", {"pipeline": pipeline("gpipe", 3)}, marks=pytest.mark.long),
     ],
 )
 def test_a_checkpoint_of_one_layout_goes_on_in_others(
