@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 
 import msgspec
 import ray
-from ray.core.generated.common_pb2 import NodeDeathInfo
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util import get_placement_group
 from ray.util.placement_group import (
@@ -81,6 +80,9 @@ class Inside:
 
 
 def _node(row: dict[str, Any], drained: dict[str, int], available: dict[str, Any]) -> RayNode:
+    # Here, since what an actor is made of goes over the wire with what its module names, and this cannot.
+    from ray.core.generated.common_pb2 import NodeDeathInfo
+
     identity = row["NodeID"]
     drains_in_s = None
     draining = identity in drained and row["Alive"]
