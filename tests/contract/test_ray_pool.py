@@ -360,6 +360,7 @@ def test_a_gang_outlives_controller_driver_actor_and_raylet(ray: RayCluster, clu
     nothing_left(ray)
 
 
+@pytest.mark.long
 def test_without_its_head_the_gang_trains_on_and_what_comes_back_is_told_apart(
     ray: RayCluster, cluster: Cluster
 ) -> None:

@@ -180,6 +180,7 @@ def test_a_killed_carrier_is_replaced_while_ranks_go_on(start: Start, undisturbe
     assert {step: loss for step, loss in losses.items() if step in curve and loss != curve[step]} == {}
 
 
+@pytest.mark.long
 def test_an_agents_death_leaves_snapshots_where_they_are(start: Start, undisturbed: Curve) -> None:
     cluster = start(nodes=2, slots=2)
     job = cluster.submit(TINY, "run.llama.steps=200")
