@@ -203,7 +203,8 @@ def peer(who: str, fault: str, folder: Path, figures: Figures) -> None:
     """The same script and fault under somebody else's launcher."""
     folder.mkdir()
     steps = Steps(folder)
-    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    # What they leave when they are killed is in the folder, and goes with it.
+    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
     if who == "torchrun":  # which sees a stopped rank by what its collectives say
         env["PAIR_TIMEOUT_S"] = "600" if fault == "kill_2" else "5"
     with (folder / "log").open("wb") as log:

@@ -104,7 +104,9 @@ OVERLAPS = {
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", ["self-fence", pytest.param("lease", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long if case == "lease" else ()) for case in OVERLAPS]
+)
 def test_attempts_of_a_script_that_writes_by_itself_never_overlap(site: Site, case: str) -> None:
     """The host that holds rank 0, which writes the state, is cut off with everything that runs on it."""
     tell, recovery, waited_for = OVERLAPS[case]
