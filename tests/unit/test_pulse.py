@@ -91,7 +91,7 @@ def test_it_is_told_at_either_bound_not_in_between(rank: Rank) -> None:
     usual = Usual.of(rank.reader.phases()[Phase.FORWARD])
     waiting, full = waiting_bound_s(Phase.FORWARD, usual, SILENT_FACTOR), bound_s(Phase.FORWARD, usual)
     assert waiting is not None and full is not None and waiting + 3.5 < full
-    told = {}
+    told: dict[float, bool] = {}
     while not told or max(told) < full + 1:
         urgent = rank.look()
         told[rank.pulses.ranks[0].still_s] = urgent

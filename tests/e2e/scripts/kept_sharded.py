@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ session = current()
 snapshots = session.snapshots()
 
 
-def state() -> dict[str, object]:
+def state() -> dict[str, Any]:
     return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
@@ -47,7 +48,7 @@ for step in range(start + 1, steps + 1):
     snapshots.take(step, state())
     session.step_done(step)
 
-total = torch.stack([p.full_tensor().detach().double().sum() for p in model.parameters()]).sum()
+total = torch.stack([p.full_tensor().double().sum() for p in state()["model"].values()]).sum()
 if rank == 0:
     print(f"started at {start}, done at {steps}, weights {total.item():.12f}", flush=True)
 snapshots.close()
