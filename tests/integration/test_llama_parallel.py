@@ -231,7 +231,7 @@ def test_the_program_trains_and_reports_from_one_rank(gangs: Gangs, tmp_path: Pa
     assert [re.fullmatch(expected, line)[1] for line in lines] == list("123456")  # type: ignore[index]
     assert complete(tmp_path) == ["step-00000004-attempt-0001", "step-00000006-attempt-0001"]
     assert {name for rank in ranks for name in rank["imported"]} == set(), (
-        "a standby has them: see preload.py"
+        "a standby has them, or should nobody: see preload.py"
     )
 
 
