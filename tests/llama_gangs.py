@@ -14,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import keepstep.llama.preload  # noqa: F401
 from keepstep.core.checkpoints import Point
 from keepstep.core.ids import Attempt, Step
 from keepstep.llama import parallel
 from keepstep.llama.checkpoint import Identity, Saver, load
-from keepstep.llama.data import Batch
+from keepstep.llama.data import Batch, Corpus
+from keepstep.llama.evaluation import Evaluator
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import TrainJob
 from keepstep.llama.optimizer import Update
+from keepstep.llama.tokenizer import Tokens
 from keepstep.llama.train import main as main_of_trainer
 from keepstep.llama.trainer import Trainer
 from keepstep.session import current
@@ -48,6 +51,33 @@ class Patterns:
             starts = np.flatnonzero(np.diff(documents[row], prepend=-1))
             positions[row] = np.arange(SEQ) - np.repeat(starts, np.diff(starts, append=SEQ))
         return Batch(tokens, documents, positions)
+
+
+class Counting:
+    """A text of documents that count, each from another number in steps of its own."""
+
+    digest, bad, bos, eos, vocabulary = "", 0, 64, 65, 66
+    hashes: NDArray[np.uint64] | None = None
+
+    def __init__(self, source: str, documents: int, stride: int) -> None:
+        self.source, self._stride = source, stride
+        self.lengths = np.arange(documents) * 5 % 37 + 3
+
+    def read(self, document: int, start: int, stop: int) -> Tokens:
+        return (document + self._stride * np.arange(start, stop)) % 64
+
+
+def evaluation(trainer: Trainer) -> dict[str, float]:
+    """By source, over 7 and 5 sequences; that it leaves gradients alone is looked at, too."""
+    texts = [Counting("a", 40, 1), Counting("b", 9, 3)]
+    text = Corpus(texts, source="", seed=1, seq=SEQ, sequences_per_step=1, weights={"a": 3, "b": 1})
+    assert [min(7, stream.samples_per_epoch) for stream in text.streams] == [7, 5]
+    trainer.state.grads.fill_(math.nan)
+    found = Evaluator(trainer, text, sequences=7).evaluate()
+    assert bool(trainer.state.grads.isnan().all())
+    assert found.step == trainer.state.step
+    assert found.loss == 0.75 * found.by_source["a"] + 0.25 * found.by_source["b"]
+    return dict(found.by_source)
 
 
 def sizes(request: dict[str, Any]) -> dict[str, int]:
@@ -90,6 +120,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         initialise(trainer.state, described.shape, seed=0)
     trainer.optimizer.publish()
     updates = [trainer.step() for _ in range(trainer.state.step, request.get("stop_at", described.steps))]
+    validation = evaluation(trainer)
     if "stop_at" in request:
         identity = Identity(job="test", attempt=1, layout=described.layout, model=described.shape)
         saver = Saver(folder, trainer.state, identity, group=beside, session=current())
@@ -100,6 +131,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": [update.loss for update in updates],
         "norms": [update.grad_norm for update in updates],
+        "validation": validation,
         "weights": hashlib.sha256(used).hexdigest(),
         "place": str(groups.at.pp) + str(groups.at.tp),
     }
@@ -141,11 +173,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for rank in ranks:
         assert rank["losses"] == first["losses"]
         assert rank["norms"] == first["norms"]
+        assert rank["validation"] == first["validation"]
     weights: dict[str, str] = {}
     for rank in ranks:  # replicas must agree
         if weights.setdefault(rank["place"], rank["weights"]) != rank["weights"]:
             return {"error": f"replicas of {rank['place']} differ"}
-    return {"losses": first["losses"], "norms": first["norms"], "weights": weights}
+    told = {name: first[name] for name in ("losses", "norms", "validation")}
+    return {**told, "weights": weights}
 
 
 def main() -> None:

@@ -59,6 +59,39 @@ def rows(*batches: Batch) -> list[tuple[int, ...]]:
     return [tuple(row) for batch in batches for row in batch.tokens.tolist()]
 
 
+def test_what_is_held_out_follows_from_each_document_alone(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(200):
+        (texts / f"{number:03}.txt").write_text(f"document {number % 150} " * (3 + number % 5 * (number < 0)))
+
+    def sides(holdout: float, seed: int = 0) -> tuple[set[bytes], set[bytes]]:
+        chosen = Corpus.open("text", texts, seed=seed, seq=8, sequences_per_step=1, holdout=holdout)
+        both: list[set[bytes]] = []
+        for part in (chosen, chosen.of_held()):
+            text = part.streams[0].text
+            whole = [text.read(k, 0, int(n)) for k, n in enumerate(text.lengths)]
+            both.append({bytes(tokens.tolist()) for tokens in whole})
+        return both[0], both[1]
+
+    trained, held = sides(0.1)
+    assert len(trained) + len(held) == 150 and 5 < len(held) < 30, "copies are on one side"
+    assert sides(0.1, seed=7) == (trained, held)
+    assert held < sides(0.3)[1]
+    (texts / "999.txt").write_text("one more")
+    assert sides(0.1)[1] - {b"one more"} == held
+    with pytest.raises(InputError, match="is nothing"):
+        sides(1e-9)
+
+
+def test_a_checkpoint_of_text_with_another_holdout_is_refused(texts: Path) -> None:
+    made = [
+        Corpus.open("text", texts, seed=0, seq=8, sequences_per_step=1, holdout=share) for share in (0, 0.3)
+    ]
+    with pytest.raises(InputError, match="other data: digest"):
+        made[1].check(made[0].position(3))
+
+
 def test_shapes_and_types(texts: Path) -> None:
     batch = corpus(texts).sequences(0, 1, 4)
     assert batch.tokens.shape == (3, 17) and batch.tokens.dtype == np.int64

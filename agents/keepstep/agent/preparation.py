@@ -201,6 +201,7 @@ def job_document(launch: Launch, run: LlamaRun) -> dict[str, Any]:
                 "optimizer",
                 "pipeline",
                 "numerics",
+                "evaluation",
                 "seed",
                 "init_from",
             )

@@ -80,6 +80,7 @@ class Data:
     seed: int = 0
     tokenizer: str | None = None  # its file on the nodes; None: bytes, or what made the tokens
     weights: Mapping[str, float] = field(default_factory=dict)  # of source tokens: by source; none: alike
+    holdout: float = 0.0  # share of documents that is never trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,15 @@ class Numerics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The loss on text that is not trained on, now and then."""
+
+    every_steps: int  # and at the end
+    sequences: int = 256  # of each source, at most
+    data: Data | None = None  # None: what data.holdout holds out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaRun(Process):
     """The built-in trainer."""
 
@@ -199,6 +209,7 @@ class LlamaRun(Process):
     optimizer: Optimizer
     pipeline: Pipeline = Pipeline()
     numerics: Numerics = Numerics()
+    evaluation: Evaluation | None = None
     seed: int = 0
     init_from: str | None = None  # a folder of weights to begin with; None: random ones
     kind: Literal["llama"] = "llama"

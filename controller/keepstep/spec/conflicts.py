@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from keepstep.spec.problems import Path, Problem
-from keepstep.spec.run_document import LlamaSection, RunSection
+from keepstep.spec.run_document import LlamaSection, RunSection, TextSection
 
 # What keepstep itself tells every rank. A trailing * stands for any end.
 RESERVED = (
@@ -111,7 +111,19 @@ def _launcher_problems(command: Sequence[str]) -> Iterator[Problem]:
 
 def _data_problems(section: LlamaSection) -> Iterator[Problem]:
     at: Path = ("run", "llama", "data")
-    data = section.data
+    yield from _text_problems(section.data, at)
+    evaluation = section.evaluation
+    if evaluation is None:
+        return
+    if evaluation.data is not None:
+        yield from _text_problems(evaluation.data, ("run", "llama", "evaluation", "data"))
+    elif not section.data.holdout:
+        what = "has no text that is not trained on"
+        next_ = "Hold some out, as in   run.llama.data: {holdout: 0.01}   or give it data of its own."
+        yield Problem(path=("run", "llama", "evaluation"), what=what, next=next_)
+
+
+def _text_problems(data: TextSection, at: Path) -> Iterator[Problem]:
     if data.source != "stdlib" and data.path is None:
         yield Problem(
             path=at, what=f"source {data.source} needs a path", next="A file or a folder, on every node."

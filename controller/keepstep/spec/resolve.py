@@ -12,7 +12,7 @@ from keepstep.spec.conflicts import conflicts
 from keepstep.spec.document import JobDocument, ResourcesSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS, USUAL_LR
 from keepstep.spec.problems import Path, Problem
-from keepstep.spec.run_document import LlamaSection, ModelSection, RunSection
+from keepstep.spec.run_document import LlamaSection, ModelSection, RunSection, TextSection
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)")
 _NEEDED = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
@@ -114,16 +114,9 @@ def _llama(
     warmup = (
         min(_MOST_WARMUP, section.steps // 10) if optimizer.warmup_steps is None else optimizer.warmup_steps
     )
-    data = section.data
     return job.LlamaRun(
         model=shape,
-        data=job.Data(
-            source=data.source,
-            path=_absolute(data.path, base),
-            seed=data.seed,
-            tokenizer=_absolute(data.tokenizer, base),
-            weights=dict(data.weights),
-        ),
+        data=replace(_text(section.data, base), holdout=section.data.holdout),
         steps=section.steps,
         batch=job.Batch(global_tokens=tokens, seq=seq, micro_batch=batch.micro_batch),
         optimizer=job.Optimizer(
@@ -143,10 +136,31 @@ def _llama(
             chunks=section.pipeline.chunks or (2 if section.pipeline.schedule == "interleaved" else 1),
         ),
         numerics=job.Numerics(**section.numerics.model_dump()),
+        evaluation=_evaluation(section, base),
         seed=section.seed,
         init_from=_absolute(section.init_from, base),
         **_process(run),
     )
+
+
+def _text(section: TextSection, base: Folder) -> job.Data:
+    return job.Data(
+        source=section.source,
+        path=_absolute(section.path, base),
+        seed=section.seed,
+        tokenizer=_absolute(section.tokenizer, base),
+        weights=dict(section.weights),
+    )
+
+
+def _evaluation(section: LlamaSection, base: Folder) -> job.Evaluation | None:
+    evaluation = section.evaluation
+    if evaluation is None:
+        return None
+    text = None if evaluation.data is None else _text(evaluation.data, base)
+    if text is not None and text.tokenizer is None:
+        text = replace(text, tokenizer=_absolute(section.data.tokenizer, base))
+    return job.Evaluation(every_steps=evaluation.every_steps, sequences=evaluation.sequences, data=text)
 
 
 def _command(run: RunSection, base: Folder) -> job.CommandRun:
@@ -211,6 +225,8 @@ def _addresses(document: JobDocument) -> Iterator[Problem]:
     yield from _address(("run", "workdir"), document.run.workdir)
     if llama is not None:
         yield from _address(("run", "llama", "data", "path"), llama.data.path)
+        if llama.evaluation is not None and llama.evaluation.data is not None:
+            yield from _address(("run", "llama", "evaluation", "data", "path"), llama.evaluation.data.path)
         yield from _address(("run", "llama", "init_from"), llama.init_from)
 
 

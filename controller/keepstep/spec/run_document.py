@@ -25,6 +25,7 @@ from keepstep.spec.section import Section, Words
 
 _SOURCES = ("stdlib", "text", "tokens")
 _STOP, _WARN, _LOGS = job.Stop(), job.Warn(), job.Logs()
+_EVALUATION = job.Evaluation(every_steps=1)
 _OPTIMIZER = job.Optimizer(lr=0, min_lr=0, warmup_steps=0)
 _SHAPE = job.ModelShape(dim=1, layers=1, heads=1, kv_heads=1, ffn_dim=1, vocabulary=1)
 
@@ -70,8 +71,8 @@ class ModelSection(Section):
         return super().short(value)
 
 
-class DataSection(Section):
-    """What is trained on: text with document boundaries, which attention does not cross."""
+class TextSection(Section):
+    """Text with document boundaries, which attention does not cross."""
 
     source: Annotated[
         Literal["stdlib", "text", "tokens"],
@@ -96,6 +97,27 @@ class DataSection(Section):
         if isinstance(value, str):
             return {"source": scalars.one_of(*_SOURCES)(value)}
         return super().short(value)
+
+
+class DataSection(TextSection):
+    """What is trained on: text with document boundaries, which attention does not cross."""
+
+    holdout: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
+    """Share of documents, chosen by the hash of each one's content, that is never trained on; `evaluation`
+    uses it."""
+
+
+class EvaluationSection(Section):
+    """The loss on text that is not trained on: of each source, the same sequences every time."""
+
+    every_steps: Annotated[Whole, Field(ge=1, le=10**9)]
+    """Optimizer steps between two evaluations; one more is made at the end."""
+    sequences: Annotated[Whole, Field(ge=1, le=2**30)] = _EVALUATION.sequences
+    """Of each source, at most; they are as long as those that are trained on."""
+    data: TextSection | None = Field(
+        default=None, json_schema_extra={"default_text": "what run.llama.data.holdout holds out"}
+    )
+    """Other text than that which is trained on."""
 
 
 class BatchSection(Section):
@@ -206,6 +228,8 @@ class LlamaSection(Section):
     """The pipeline: the name of a schedule, or its fields."""
     numerics: NumericsSection = NumericsSection()
     """Precision, memory and speed."""
+    evaluation: EvaluationSection | None = None
+    """When the loss on text that is not trained on is computed; left out: never."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Of the first weights."""
     init_from: SomeText | None = None

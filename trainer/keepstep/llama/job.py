@@ -32,13 +32,20 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    every_steps: int  # and at the end
+    sequences: int  # of each source, at most
+    data: Mapping[str, Any] | None = None  # None: what data.holdout holds out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
     id: str
     attempt: int
     layout: Layout
     replicas: int  # that the spec asked for; the present dp divides it, and the result is the same
     shape: ModelShape
-    data: Mapping[str, Any]  # source, path, seed
+    data: Mapping[str, Any]  # source, path, seed, holdout
     steps: int
     global_tokens: int  # of a step
     seq: int
@@ -55,6 +62,7 @@ class TrainJob:
     pipeline: Pipeline = ONE_CHUNK
     numerics: Numerics = PLAIN
     skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
+    evaluation: Evaluation | None = None
 
     @property
     def sequences(self) -> int:
@@ -112,6 +120,7 @@ class TrainJob:
                 pipeline=Pipeline(**(value.get("pipeline") or {})),
                 numerics=Numerics(**(value.get("numerics") or {})),
                 skip_steps=frozenset(value.get("skip_steps") or ()),
+                evaluation=Evaluation(**value["evaluation"]) if value.get("evaluation") else None,
             )  # fmt: skip
         except KeyError as error:
             raise InputError(f"the job has no {error}", where="job file") from error

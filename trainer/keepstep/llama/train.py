@@ -12,9 +12,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed import ProcessGroup
 
@@ -22,6 +23,7 @@ from keepstep.core import cadence
 from keepstep.core.errors import InputError, KeepstepError
 from keepstep.llama import memory, parallel
 from keepstep.llama.data import Corpus
+from keepstep.llama.evaluation import Evaluator, Validation
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import Checkpointing, TrainJob
 from keepstep.llama.memory import Snapshots
@@ -69,13 +71,8 @@ def run(job: TrainJob, session: Session) -> int:
     session.phase(Phase.RENDEZVOUS)
     groups = parallel.join(job.layout, device, timeout_s=job.timeout_s)
     session.phase(Phase.RESTORING)
-    corpus = Corpus.open(
-        job.data.get("source", "stdlib"), job.data.get("path"),
-        seed=job.data.get("seed", job.seed), seq=job.seq, sequences_per_step=job.sequences,
-        tokenizer=open_tokenizer(tokenizer) if (tokenizer := job.data.get("tokenizer")) else None,
-        weights=job.data.get("weights"),
-    )  # fmt: skip
-    corpus.check_vocabulary(job.shape.vocabulary)
+    corpus = open_corpus(job, job.data)
+    evaluated = None if job.evaluation is None else evaluation_text(job, corpus)
     trainer = Trainer(job, groups, corpus, device=device, session=session)
     beside = functools.cache(lambda: parallel.beside(groups, timeout_s=job.timeout_s))
     snapshots = Snapshots(
@@ -84,12 +81,39 @@ def run(job: TrainJob, session: Session) -> int:
     )  # fmt: skip
     begin(trainer, corpus, beside, snapshots)
     keeper = Keeper(trainer, corpus, beside)
-    stopped = _loop(trainer, keeper, snapshots, stop)
+    examiner = Examiner(trainer, evaluated)
+    stopped = _loop(trainer, keeper, snapshots, examiner, stop)
     keeper.finish()
+    if not stopped:
+        examiner.evaluate()
     snapshots.close()
     session.phase(Phase.FINISHED)
     parallel.leave()
     return STOPPED if stopped else 0
+
+
+def open_corpus(job: TrainJob, data: Mapping[str, Any]) -> Corpus:
+    tokenizer = data.get("tokenizer")
+    corpus = Corpus.open(
+        data.get("source", "stdlib"), data.get("path"), seed=data.get("seed", job.seed), seq=job.seq,
+        sequences_per_step=job.sequences, tokenizer=open_tokenizer(tokenizer) if tokenizer else None,
+        weights=data.get("weights"), holdout=data.get("holdout") or 0.0,
+    )  # fmt: skip
+    corpus.check_vocabulary(job.shape.vocabulary)
+    return corpus
+
+
+def evaluation_text(job: TrainJob, corpus: Corpus) -> Corpus:
+    """The text to evaluate on: data of its own, else what is held out of the training text."""
+    assert job.evaluation is not None
+    if job.evaluation.data is not None:
+        return open_corpus(job, job.evaluation.data)
+    if not corpus.held:
+        raise InputError(
+            "there is nothing to evaluate on", where="evaluation",
+            next="Hold documents out with data.holdout, or name other text under evaluation.data.",
+        )  # fmt: skip
+    return corpus.of_held()
 
 
 def begin(trainer: Trainer, corpus: Corpus, beside: Beside, snapshots: Snapshots) -> None:
@@ -114,6 +138,33 @@ def begin(trainer: Trainer, corpus: Corpus, beside: Beside, snapshots: Snapshots
     if job.restore is not None:
         snapshots.resume(state.step)
     trainer.session.resumed(state.step)
+
+
+class Examiner:
+    """Evaluates after every so many steps, and at the end; says nothing where that is not wanted."""
+
+    def __init__(self, trainer: Trainer, text: Corpus | None) -> None:
+        self._trainer, config = trainer, trainer.job.evaluation
+        self._every, self._evaluator = 0, None
+        if config is not None and text is not None:
+            self._every = config.every_steps
+            self._evaluator = Evaluator(trainer, text, sequences=config.sequences)
+
+    def before_step(self) -> None:
+        """Also before the first step after a restart: its evaluation may not have been completed."""
+        if self._every and (step := self._trainer.state.step) and step % self._every == 0:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        if self._evaluator is None:
+            return
+        trainer = self._trainer
+        found = self._evaluator.evaluate()
+        trainer.session.phase(Phase.NONE)  # it is complete
+        if trainer.reports:
+            _leave_evaluation(found)
+            sys.stdout.write(validation_line(found, trainer.job.steps) + "\n")
+            sys.stdout.flush()
 
 
 class Keeper:
@@ -172,10 +223,13 @@ class Keeper:
         return self._saver
 
 
-def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSignal) -> bool:
+def _loop(
+    trainer: Trainer, keeper: Keeper, snapshots: Snapshots, examiner: Examiner, stop: StopSignal
+) -> bool:
     """Steps until all are done (False) or a rank was told to stop (True)."""
     job, session, state = trainer.job, trainer.session, trainer.state
     while state.step < job.steps:
+        examiner.before_step()
         started = time.perf_counter()
         update = trainer.step((stop.came, keeper.due), says=lambda: snapshots.says, gate=snapshots.complete)
         snapshots.heard(update.least)
@@ -206,12 +260,26 @@ def line(step: int, steps: int, update: Update, rates: Rates) -> str:
     )
 
 
+def validation_line(found: Validation, steps: int) -> str:
+    """step 40/120 validation loss 2.931 (code 2.104, web 3.758)"""
+    parts = ", ".join(f"{source} {loss:.3f}" for source, loss in found.by_source.items())
+    each = f" ({parts})" if len(found.by_source) > 1 else ""
+    return f"step {found.step}/{steps} validation loss {found.loss:.3f}{each}"
+
+
 def _scaled(value: float, unit: str = "") -> str:
     """Three digits and a prefix: 3.8 k, 1.2 GFLOPs."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".rstrip()
+
+
+def _leave_evaluation(found: Validation) -> None:
+    """A line of JSON beside the job's file: the agent takes it from there."""
+    if name := os.environ.get("KEEPSTEP_JOB_FILE"):
+        with Path(name).with_name("evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(found)) + "\n")
 
 
 def _leave_word(message: str, trace: str) -> None:

@@ -14,7 +14,7 @@ from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.job import TrainJob
 from keepstep.llama.kernels import Kernels
-from keepstep.llama.microbatch import Rotation, Sequences, Share, micro_batches, targets_of
+from keepstep.llama.microbatch import MicroBatch, Rotation, Sequences, Share, micro_batches, targets_of
 from keepstep.llama.model import Means, Stage
 from keepstep.llama.numerics import Numerics
 from keepstep.llama.optimizer import ShardedAdamW, Update
@@ -68,11 +68,8 @@ class Trainer:
             for chunk in range(chunks)
         ]
         self.counts_loss = stages[-1].last and at.tp == 0
-        edge = torch.empty(
-            job.micro_batch * job.seq // (cp.size * tp.size), job.shape.dim, dtype=self.dtype, device=device
-        )
         self.runner = Runner(
-            stages, groups, session, pipeline=job.pipeline, micro_batches=job.micro_batches, edge=edge
+            stages, groups, session, pipeline=job.pipeline, dim=job.shape.dim, dtype=self.dtype, device=device
         )
 
     @property
@@ -100,10 +97,7 @@ class Trainer:
         scale = 1.0 / self._valid(targets)
         losses = torch.zeros(mine, device=state.grads.device)
         for replica in range(mine):
-            batches = micro_batches(
-                shares[replica], targets[replica], size=job.micro_batch, scale=scale,
-                rotation=self.rotation, dtype=self.dtype, share=self.share,
-            )  # fmt: skip
+            batches = self.cut(shares[replica], targets[replica], scale=scale)
             state.grads.zero_()
             loss = self.runner.run(batches)
             if self.counts_loss:
@@ -141,6 +135,12 @@ class Trainer:
         return Rates(
             tokens_per_s=tokens_per_s, tflops=flops / 1e12, mfu=flops / peak(self.state.grads.device)
         )
+
+    def cut(self, sequences: Sequences, targets: torch.Tensor, *, scale: float) -> list[MicroBatch]:
+        return micro_batches(
+            sequences, targets, size=self.job.micro_batch, scale=scale, rotation=self.rotation,
+            dtype=self.dtype, share=self.share,
+        )  # fmt: skip
 
     def _share(self, replica: int) -> Sequences:
         """The sequences of one of this rank's replicas."""

@@ -9,7 +9,7 @@ weights or another batch size would break that promise without a word.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from keepstep.core.errors import InputError
 from keepstep.llama.data.documents import Documents, open_documents
+from keepstep.llama.data.heldout import Text, split
 from keepstep.llama.data.mixture import BLOCK, Mixture, shares_of
 from keepstep.llama.data.packing import Epoch, Piece, sequences_per_epoch
 from keepstep.llama.data.shards import Manifest, TokenSource
@@ -31,20 +32,6 @@ class Batch(NamedTuple):
     positions: NDArray[np.int64]  # [n, seq]: from 0 at each document's first token in the sequence
 
 
-class Text(Protocol):
-    """Documents as tokens; `digest` is of the text and its tokenization."""
-
-    source: str
-    digest: str
-    lengths: NDArray[np.int64]  # tokens of each document, without bos and eos
-    bad: int  # records that were left out
-    bos: int
-    eos: int
-    vocabulary: int
-
-    def read(self, document: int, start: int, stop: int) -> Tokens: ...
-
-
 class TextSource:
     """Text that is tokenised here: as it is read where bytes are tokens, else all of it at once, and kept."""
 
@@ -52,6 +39,7 @@ class TextSource:
         self.source, self.digest = documents.source, f"{tokenizer.name}:{documents.digest}"
         self.bad, self.bos, self.eos = documents.skipped, tokenizer.bos, tokenizer.eos
         self.vocabulary = tokenizer.vocabulary
+        self.hashes: NDArray[np.uint64] | None = documents.hashes
         self._documents, self._tokenizer = documents, tokenizer
         self._encoded: list[Tokens] | None = None
         self.lengths = documents.length
@@ -124,8 +112,13 @@ class Corpus:
         seq: int,
         sequences_per_step: int,
         weights: Mapping[str, float] | None = None,
+        held: Sequence[Text] = (),
     ) -> None:
-        """`weights` has every source by its name where there are several; alike when left out."""
+        """`weights` has every source by its name where there are several; alike when left out.
+
+        `held` is no part of it: what was held out.
+        """
+        self.held, self.weights = held, weights
         self.source, self.seed, self.seq = source, seed, seq
         self.sequences_per_step = sequences_per_step
         self.streams = [Stream(text, seed=seed, seq=seq) for text in texts]
@@ -151,17 +144,32 @@ class Corpus:
         sequences_per_step: int,
         tokenizer: Tokenizer | None = None,
         weights: Mapping[str, float] | None = None,
+        holdout: float = 0.0,
     ) -> "Corpus":
-        """The corpus of a job. Seq counts tokens; InputError for text that is missing or too short."""
+        """The corpus of a job, without the share of documents to hold out.
+
+        Seq counts tokens; InputError for text that is missing or too short.
+        """
         texts: Sequence[Text]
         if source == "tokens":
             texts = _open_store(None if path is None else Path(path), tokenizer, weights)
         else:
             documents = open_documents(source, None if path is None else Path(path))
             texts = [TextSource(documents, tokenizer or ByteTokenizer())]
+        held: Sequence[Text] = ()
+        if holdout:
+            texts, held = split(texts, holdout)
         return cls(
-            texts, source=source, seed=seed, seq=seq, sequences_per_step=sequences_per_step, weights=weights
-        )
+            texts, source=source, seed=seed, seq=seq, sequences_per_step=sequences_per_step, weights=weights,
+            held=held,
+        )  # fmt: skip
+
+    def of_held(self) -> "Corpus":
+        """What was held out, as a corpus with the same shares."""
+        return Corpus(
+            self.held, source=self.source, seed=self.seed, seq=self.seq,
+            sequences_per_step=self.sequences_per_step, weights=self.weights,
+        )  # fmt: skip
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of the step that follows `step` completed ones."""

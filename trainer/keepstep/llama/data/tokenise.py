@@ -250,7 +250,7 @@ def _make(
     tail = shards.write_shard(out / file, texts, dtype)
     shard = Shard(
         file=file, documents=len(texts), tokens=sum(len(text) for text in texts), text_bytes=text_bytes,
-        tail=tail, made_from=asdict(unit), bad=dict(bad), named=tuple(named),
+        tail=tail, made_from=asdict(unit), bad=dict(bad), named=tuple(named), hashed=True,
     )  # fmt: skip
     durable.write_json(_sidecar(out / file), asdict(shard))
 
