@@ -36,6 +36,16 @@ class Elastic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's: rotary waves that are long within the original length are slowed down by `factor`."""
+
+    factor: float
+    low_freq_factor: float = 1.0  # turns within the original length, up to which a wave is slowed down ...
+    high_freq_factor: float = 4.0  # ... and from which on it stays
+    original_max_position_embeddings: int = 8192  # tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """A Llama 3 transformer: RMSNorm, grouped-query attention, SwiGLU, rotary positions, no tied tables."""
 
@@ -49,6 +59,7 @@ class ModelShape:
     max_seq: int = 8192  # positions beyond it have no rotation
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_dim(self) -> int:

@@ -67,6 +67,12 @@ def model_shape(section: ModelSection) -> tuple[job.ModelShape | None, list[Prob
     given = {
         name: value for name in ModelSection.model_fields if (value := getattr(section, name)) is not None
     }
+    if (scaling := section.rope_scaling) is not None:
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            what = f"low_freq_factor {scaling.low_freq_factor:g} is no less than high_freq_factor"
+            at = ("run", "llama", "model", "rope_scaling")
+            return None, [Problem(path=at, what=what, next="Llama 3.1 has 1 and 4.")]
+        given["rope_scaling"] = job.RopeScaling(**scaling.model_dump())
     preset = given.pop("preset", None)
     if preset is not None:
         return replace(PRESETS[preset].shape, **given), []

@@ -27,7 +27,23 @@ _SOURCES = ("stdlib", "text", "tokens")
 _STOP, _WARN, _LOGS = job.Stop(), job.Warn(), job.Logs()
 _EVALUATION = job.Evaluation(every_steps=1)
 _OPTIMIZER = job.Optimizer(lr=0, min_lr=0, warmup_steps=0)
+_SCALING = job.RopeScaling(factor=1)
 _SHAPE = job.ModelShape(dim=1, layers=1, heads=1, kv_heads=1, ffn_dim=1, vocabulary=1)
+
+
+class RopeScalingSection(Section):
+    """Llama 3.1's rotary positions: waves that are long within the original length are slowed down."""
+
+    factor: Annotated[Number, Field(ge=1)]
+    """How much slower; 8 in Llama 3.1, 32 in 3.2."""
+    low_freq_factor: Annotated[Number, Field(gt=0)] = _SCALING.low_freq_factor
+    """A wave that turns at most so often within the original length is slowed down wholly."""
+    high_freq_factor: Annotated[Number, Field(gt=0)] = _SCALING.high_freq_factor
+    """One that turns at least so often stays; between the two it is interpolated."""
+    original_max_position_embeddings: Annotated[Whole, Field(ge=1, le=2**24)] = (
+        _SCALING.original_max_position_embeddings
+    )
+    """The original length, in tokens."""
 
 
 class ModelSection(Section):
@@ -63,6 +79,10 @@ class ModelSection(Section):
         default=None, json_schema_extra={"default_text": f"the preset's, else {_SHAPE.norm_eps:g}"}
     )
     """Added to the mean square in RMSNorm."""
+    rope_scaling: RopeScalingSection | None = Field(
+        default=None, json_schema_extra={"default_text": "the preset's, else none"}
+    )
+    """How rotary positions are scaled for long sequences, as in Llama 3.1."""
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -215,7 +235,7 @@ class LlamaSection(Section):
     """The built-in trainer: Llama 3 with tensor, context, pipeline and data parallelism."""
 
     model: ModelSection = ModelSection(preset="debug")
-    """The model: the name of a preset (debug, 1b, 8b, 70b, 405b), or the fields themselves."""
+    """The model: the name of a preset (debug, 1b, 8b, 70b, 405b, 8b-3.1 and so on), or the fields."""
     data: DataSection = DataSection()
     """What is trained on: the name of a source, or its fields."""
     steps: Annotated[Whole, Field(ge=1, le=10**9)] = 100

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class TrainJob:
             batch = value["batch"]
             job = cls(
                 id=value["job"], attempt=value.get("attempt", 1), layout=layout,
-                replicas=value.get("virtual_dp") or layout.dp, shape=_shape(value["model"]),
+                replicas=value.get("virtual_dp") or layout.dp, shape=ModelShape.of(value["model"]),
                 data=value.get("data") or {}, steps=value["steps"], global_tokens=batch["global_tokens"],
                 seq=batch["seq"], micro_batch=batch.get("micro_batch") or batch.get("micro") or 1,
                 optimizer=OptimizerConfig.parse(value.get("optimizer") or {}), seed=value.get("seed", 0),
@@ -188,8 +188,3 @@ def _branches(value: Mapping[str, Any]) -> Iterator[Branch]:
     for attempt, parent, step in value.get("lineage") or ():
         start = Point(step=Step(step), attempt=Attempt(parent)) if parent else None
         yield Branch(job=JobId(value["job"]), attempt=Attempt(attempt), parent=start)
-
-
-def _shape(model: Mapping[str, Any]) -> ModelShape:
-    known = {field.name for field in fields(ModelShape)}
-    return ModelShape(**{name: value for name, value in model.items() if name in known})
