@@ -39,17 +39,21 @@ MODEL = {"layers": 4, "dim": 64, "ffn_dim": 96, "heads": 8, "kv_heads": 4, "voca
 class Patterns:
     """Sequences of a few documents each, made from (step, number) alone; there is something to learn."""
 
+    def __init__(self, described: TrainJob) -> None:
+        self._job = described
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
-        tokens = np.empty((stop - start, SEQ + 1), np.int64)
-        documents = np.zeros((stop - start, SEQ), np.int32)
-        positions = np.empty((stop - start, SEQ), np.int64)
+        seq = self._job.at(step).seq
+        tokens = np.empty((stop - start, seq + 1), np.int64)
+        documents = np.zeros((stop - start, seq), np.int32)
+        positions = np.empty((stop - start, seq), np.int64)
         for row in range(stop - start):
             chance = np.random.default_rng([step, start + row])
-            tokens[row] = np.cumsum(chance.integers(0, 3, SEQ + 1)) % MODEL["vocabulary"]
-            for cut in chance.integers(1, SEQ, 2)[: (start + row) % 3]:
+            tokens[row] = np.cumsum(chance.integers(0, 3, seq + 1)) % MODEL["vocabulary"]
+            for cut in chance.integers(1, seq, 2)[: (start + row) % 3]:
                 documents[row, cut:] += 1
             starts = np.flatnonzero(np.diff(documents[row], prepend=-1))
-            positions[row] = np.arange(SEQ) - np.repeat(starts, np.diff(starts, append=SEQ))
+            positions[row] = np.arange(seq) - np.repeat(starts, np.diff(starts, append=seq))
         return Batch(tokens, documents, positions)
 
 
@@ -68,7 +72,7 @@ class Counting:
 
 
 def evaluation(trainer: Trainer) -> dict[str, float]:
-    """By source, over 7 and 5 sequences; that it leaves gradients alone is looked at, too."""
+    """By source, over 7 sequences at most; that it leaves gradients alone is looked at, too."""
     texts = [Counting("a", 40, 1), Counting("b", 9, 3)]
     text = Corpus(texts, source="", seed=1, seq=SEQ, sequences_per_step=1, weights={"a": 3, "b": 1})
     assert [min(7, stream.samples_per_epoch) for stream in text.streams] == [7, 5]
@@ -96,7 +100,7 @@ def job(request: dict[str, Any]) -> TrainJob:
             "virtual_dp": request.get("replicas"),
             "model": MODEL,
             "steps": request["steps"],
-            "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ},
+            "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ, "stages": request.get("stages")},
             "optimizer": {"lr": 3e-3, "warmup_steps": 3},
             "timeout_s": 30,
         }
@@ -108,7 +112,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     described = job(request)
     device = torch.device("cpu")
     groups = parallel.join(described.layout, device, timeout_s=30)
-    trainer = Trainer(described, groups, Patterns(), device=device, session=current())
+    trainer = Trainer(described, groups, Patterns(described), device=device, session=current())
     if request.get("sabotage") == "norm-gradients":
         trainer.optimizer.gradients.groups = parallel.Groups(layout=groups.layout, rank=groups.rank)
     folder = Path(request.get("checkpoint", ""))

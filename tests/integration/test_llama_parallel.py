@@ -172,10 +172,16 @@ def test_fewer_replicas_give_the_bits_of_the_number_asked_for(
         assert same(gangs.run(layout, steps=FEW, replicas=int(asked[0])), whole), layout
 
 
+STAGES = [
+    {"after_steps": 2, "global_tokens": 512, "seq": 64, "micro_batch": 1},
+    {"after_steps": 4, "global_tokens": 512, "seq": 32, "micro_batch": 2},
+]
+
+
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ("2x2x2", {}),
+        ("2x2x2", {"stages": STAGES}),
         ("1x2x2x1", {"pipeline": pipeline("interleaved", 2)}),
         pytest.param("2x2x1", {"pipeline": pipeline("gpipe", 3)}, marks=pytest.mark.long),
     ],
@@ -186,13 +192,14 @@ def test_a_checkpoint_of_one_layout_goes_on_in_others(
     folder = str(tmp_path / "job")
     whole = gangs.run(layout, steps=6, **options)
     gangs.run(layout, steps=6, stop_at=3, checkpoint=folder, **options)
+    stages = {name: value for name, value in options.items() if name == "stages"}
     others: list[tuple[str, dict[str, Any]]] = [
         ("1x1x1", {}),
         ("4x1x2", {}),
         ("2x1x2x1", {}),
         ("1x2x1", {"pipeline": pipeline("interleaved", 3)}),
     ]
-    for other, changed in [(layout, options), *others]:
+    for other, changed in [(layout, options), *((other, stages | more) for other, more in others)]:
         rest = gangs.run(other, steps=6, restore=3, checkpoint=folder, replicas=0, **changed)
         assert len(rest["losses"]) == 3
         worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][3:], strict=True))
@@ -250,6 +257,8 @@ def test_told_to_stop_all_ranks_save_the_same_step_and_the_job_goes_on_from_it(
         "evaluation": {"every_steps": 4, "sequences": 6, "data": None}, "restore": None,
         "data": {"source": "text", "path": str(tmp_path / "text.txt"), "holdout": 0.2},
     }  # fmt: skip
+    staged = {"after_steps": 1, "global_tokens": 256, "seq": 64, "micro_batch": 2}
+    evaluated["batch"] = {"global_tokens": 128, "seq": 32, "stages": [staged]}
     write_job(tmp_path, "1x2x2", **evaluated)
     whole = programs(gangs, tmp_path, "1x2x2")[2]["out"].splitlines()
     told = Evaluations(tmp_path)

@@ -95,7 +95,9 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class BatchSizes:
+    """What one optimizer step sees."""
+
     global_tokens: int  # of one optimizer step, over all replicas; never changed by recovery
     seq: int  # tokens of a sequence
     micro_batch: int = 1  # sequences that go through the pipeline together
@@ -107,6 +109,24 @@ class Batch:
     def micro_batches(self, dp: int) -> int:
         """Of one replica in one step, when there are `dp` of them."""
         return self.sequences // dp // self.micro_batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStage(BatchSizes):
+    """A later stage of training, with another batch."""
+
+    after_steps: int  # completed ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(BatchSizes):
+    """That of the first stage, and the later stages in their order."""
+
+    stages: tuple[BatchStage, ...] = ()
+
+    @property
+    def all(self) -> tuple[BatchSizes, ...]:
+        return (self, *self.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

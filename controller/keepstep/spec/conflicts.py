@@ -33,6 +33,7 @@ def conflicts(run: RunSection) -> Iterator[Problem]:
     if run.llama is not None:
         yield from _data_problems(run.llama)
         yield from _schedule_problems(run.llama)
+        yield from _stage_problems(run.llama)
     yield from value_problems(run.env, run.secrets, run.command or run.args)
 
 
@@ -149,6 +150,15 @@ def _schedule_problems(section: LlamaSection) -> Iterator[Problem]:
     if optimizer.decay_steps is not None and optimizer.decay_steps <= warmup:
         what = f"{optimizer.decay_steps:,} is no later than warmup_steps, {warmup:,}"
         yield Problem(path=(*at, "decay_steps"), what=what, next="The cosine begins where warming up ends.")
+
+
+def _stage_problems(section: LlamaSection) -> Iterator[Problem]:
+    for number, stage in enumerate(section.batch.stages):
+        given = [name for name in ("after_tokens", "after_steps") if getattr(stage, name) is not None]
+        if len(given) != 1:
+            what = f"has {' and '.join(given)}" if given else "does not say when it begins"
+            at: Path = ("run", "llama", "batch", "stages", number)
+            yield Problem(path=at, what=what, next="Give one of after_tokens, after_steps.")
 
 
 def _reference_problems(run: RunSection) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from keepstep.core import job
 from keepstep.core.layout import Layout
 from keepstep.spec.conflicts import conflicts
 from keepstep.spec.document import JobDocument, ResourcesSection
+from keepstep.spec.llama_document import BatchStageSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS, USUAL_LR
 from keepstep.spec.problems import Path, Problem
 from keepstep.spec.run_document import LlamaSection, ModelSection, RunSection, TextSection
@@ -124,7 +125,7 @@ def _llama(
         model=shape,
         data=replace(_text(section.data, base), holdout=section.data.holdout),
         steps=section.steps,
-        batch=job.Batch(global_tokens=tokens, seq=seq, micro_batch=batch.micro_batch),
+        batch=batch_of(job.Batch(global_tokens=tokens, seq=seq, micro_batch=batch.micro_batch), batch.stages),
         optimizer=job.Optimizer(
             lr=lr,
             min_lr=lr / 100 if optimizer.min_lr is None else optimizer.min_lr,
@@ -147,6 +148,25 @@ def _llama(
         init_from=_absolute(section.init_from, base),
         **_process(run),
     )
+
+
+def batch_of(first: job.Batch, sections: Sequence[BatchStageSection]) -> job.Batch:
+    """With its later stages; those that begin after so many tokens begin with a step."""
+    stages: list[job.BatchStage] = []
+    before: job.BatchSizes = first
+    begun = used = 0  # steps and tokens before the last stage
+    for section in sections:
+        more = (section.after_tokens or 0) - used
+        steps = section.after_steps or begun + max(0, -(-more // before.global_tokens))
+        used, begun = used + (steps - begun) * before.global_tokens, steps
+        before = job.BatchStage(
+            after_steps=steps,
+            global_tokens=section.global_tokens or before.global_tokens,
+            seq=section.seq or before.seq,
+            micro_batch=section.micro_batch or before.micro_batch,
+        )
+        stages.append(before)
+    return replace(first, stages=tuple(stages))
 
 
 def _text(section: TextSection, base: Folder) -> job.Data:

@@ -20,6 +20,7 @@ from keepstep.spec.fields import (
     Variable,
     Whole,
 )
+from keepstep.spec.llama_document import BatchStageSection, RopeScalingSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS
 from keepstep.spec.section import Section, Words
 
@@ -27,23 +28,7 @@ _SOURCES = ("stdlib", "text", "tokens")
 _STOP, _WARN, _LOGS = job.Stop(), job.Warn(), job.Logs()
 _EVALUATION = job.Evaluation(every_steps=1)
 _OPTIMIZER = job.Optimizer(lr=0, min_lr=0, warmup_steps=0)
-_SCALING = job.RopeScaling(factor=1)
 _SHAPE = job.ModelShape(dim=1, layers=1, heads=1, kv_heads=1, ffn_dim=1, vocabulary=1)
-
-
-class RopeScalingSection(Section):
-    """Llama 3.1's rotary positions: waves that are long within the original length are slowed down."""
-
-    factor: Annotated[Number, Field(ge=1)]
-    """How much slower; 8 in Llama 3.1, 32 in 3.2."""
-    low_freq_factor: Annotated[Number, Field(gt=0)] = _SCALING.low_freq_factor
-    """A wave that turns at most so often within the original length is slowed down wholly."""
-    high_freq_factor: Annotated[Number, Field(gt=0)] = _SCALING.high_freq_factor
-    """One that turns at least so often stays; between the two it is interpolated."""
-    original_max_position_embeddings: Annotated[Whole, Field(ge=1, le=2**24)] = (
-        _SCALING.original_max_position_embeddings
-    )
-    """The original length, in tokens."""
 
 
 class ModelSection(Section):
@@ -154,6 +139,9 @@ class BatchSection(Section):
     """Tokens of a sequence."""
     micro_batch: Annotated[Whole, Field(ge=1, le=2**20)] = 1
     """Sequences that go through the model together."""
+    stages: tuple[BatchStageSection, ...] = ()
+    """Later stages of training, with more tokens a step or longer sequences; name all of them when the job
+    begins, because the text that a stage takes depends on where it ends."""
 
 
 class OptimizerSection(Section):

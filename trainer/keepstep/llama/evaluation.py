@@ -6,14 +6,14 @@ is over is filled up with sequences without targets. No gradient is made, no buf
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from keepstep.llama.data import Batch, Corpus
+from keepstep.llama.data import Batch, Corpus, Stream
 from keepstep.llama.microbatch import Sequences, targets_of
 from keepstep.llama.trainer import Trainer
 from keepstep.session import Phase
@@ -31,17 +31,18 @@ class Validation:
 class Evaluator:
     def __init__(self, trainer: Trainer, text: Corpus, *, sequences: int) -> None:
         """At most so many sequences of each source: where it has fewer, all of them once."""
-        self._trainer, self._sequences = trainer, sequences
-        self._streams = text.streams
+        self._trainer, self._sequences, self._text = trainer, sequences, text
+        self._streams: Mapping[int, Sequence[Stream]] = {}  # of the present stage, by the length of sequences
         shares = [1.0] if text.mixture is None else text.mixture.shares.tolist()
         self._shares = [share / sum(shares) for share in shares]
 
     def evaluate(self) -> Validation:
-        """All ranks call it after the same step."""
+        """All ranks call it after the same step; sequences are those of that step's stage."""
         trainer = self._trainer
         trainer.session.phase(Phase.EVALUATION)
-        sums = [self._source(number) for number in range(len(self._streams))]
-        found = torch.stack(sums)
+        trainer.enter(max(0, trainer.state.step - 1))
+        streams = self._of(trainer.now.seq)
+        found = torch.stack([self._source(stream) for stream in streams])
         if trainer.groups.world is not None:
             trainer.session.wait("world")
             dist.all_reduce(found, group=trainer.groups.world)
@@ -50,19 +51,27 @@ class Evaluator:
         return Validation(
             step=trainer.state.step,
             loss=sum(share * loss for share, loss in zip(self._shares, losses, strict=True)),
-            by_source={s.text.source: loss for s, loss in zip(self._streams, losses, strict=True)},
+            by_source={s.text.source: loss for s, loss in zip(streams, losses, strict=True)},
         )
 
-    def _source(self, number: int) -> torch.Tensor:
+    def _of(self, seq: int) -> Sequence[Stream]:
+        if seq not in self._streams:
+            texts = [stream.text for stream in self._text.streams]
+            self._streams = {
+                seq: [Stream(text, seed=self._text.seed, stages=[(None, seq)]) for text in texts]
+            }
+        return self._streams[seq]
+
+    def _source(self, stream: Stream) -> torch.Tensor:
         """Of this rank's share of a source: summed loss and number of targets, [2] fp64."""
-        trainer, stream = self._trainer, self._streams[number]
-        job, dp = trainer.job, trainer.groups.at.dp
+        trainer = self._trainer
+        job, dp = trainer.now, trainer.groups.at.dp
         whole = min(self._sequences, stream.samples_per_epoch)
         each = -(-whole // job.layout.dp)  # of a replica; as many of them at a time as in a step
         count = min(job.micro_batches, -(-each // job.micro_batch)) * job.micro_batch
         sums = torch.zeros(2, dtype=torch.float64, device=trainer.state.grads.device)
         for start in range(0, each, count):
-            batch = _without_targets(count, stream.seq)
+            batch = _without_targets(count, job.seq)
             mine = range(dp * each + start, min((dp + 1) * each, dp * each + start + count, whole))
             for row, sample in enumerate(mine):
                 stream.fill(batch, row, sample)

@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStage:
+    """A later stage of training, with another batch."""
+
+    after_steps: int
+    global_tokens: int
+    seq: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     every_steps: int  # and at the end
     sequences: int  # of each source, at most
@@ -47,7 +58,7 @@ class TrainJob:
     shape: ModelShape
     data: Mapping[str, Any]  # source, path, seed, holdout
     steps: int
-    global_tokens: int  # of a step
+    global_tokens: int  # of a step; this and the next two: in the first stage
     seq: int
     micro_batch: int  # sequences
     optimizer: OptimizerConfig
@@ -63,6 +74,20 @@ class TrainJob:
     numerics: Numerics = PLAIN
     skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
     evaluation: Evaluation | None = None
+    stages: tuple[BatchStage, ...] = ()  # later ones, in their order
+
+    def at(self, step: int) -> "TrainJob":
+        """The same with the batch of the step that follows `step` completed ones."""
+        begun = [stage for stage in self.stages if stage.after_steps <= step]
+        if not begun:
+            return self
+        now = begun[-1]
+        return replace(self, global_tokens=now.global_tokens, seq=now.seq, micro_batch=now.micro_batch)
+
+    def tokens(self, steps: int) -> int:
+        """That so many steps train on."""
+        edges = [0, *(min(stage.after_steps, steps) for stage in self.stages), steps]
+        return sum(self.at(a).global_tokens * (b - a) for a, b in pairwise(edges))
 
     @property
     def sequences(self) -> int:
@@ -121,6 +146,7 @@ class TrainJob:
                 numerics=Numerics(**(value.get("numerics") or {})),
                 skip_steps=frozenset(value.get("skip_steps") or ()),
                 evaluation=Evaluation(**value["evaluation"]) if value.get("evaluation") else None,
+                stages=tuple(BatchStage(**stage) for stage in batch.get("stages") or ()),
             )  # fmt: skip
         except KeyError as error:
             raise InputError(f"the job has no {error}", where="job file") from error
@@ -129,6 +155,11 @@ class TrainJob:
 
     def check(self) -> None:
         check_layout(self.shape, self.layout, self.replicas, self.pipeline.chunks)
+        for step in (0, *(stage.after_steps for stage in self.stages)):
+            self.at(step)._check_batch()
+        self._check_options()
+
+    def _check_batch(self) -> None:
         for number, noun, part, reason in (
             (self.global_tokens, "tokens of a step", self.seq, "the length of a sequence"),
             (self.sequences, "sequences of a step", self.replicas, "the number of replicas"),
@@ -152,7 +183,6 @@ class TrainJob:
                 f"sequences of {self.seq:,} tokens are too long", where="batch.seq",
                 why=f"the model has positions up to {self.shape.max_seq:,}", next="Raise model.max_seq.",
             )  # fmt: skip
-        self._check_options()
 
     def _check_options(self) -> None:
         schedule, chunks = self.pipeline.schedule, self.pipeline.chunks

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from keepstep.core import cadence
 from keepstep.core.errors import InputError, KeepstepError
 from keepstep.llama import memory, parallel
-from keepstep.llama.data import Corpus
+from keepstep.llama.data import Corpus, Cut
 from keepstep.llama.evaluation import Evaluator, Validation
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import Checkpointing, TrainJob
@@ -77,7 +77,7 @@ def run(job: TrainJob, session: Session) -> int:
     beside = functools.cache(lambda: parallel.beside(groups, timeout_s=job.timeout_s))
     snapshots = Snapshots(
         job, trainer.state, session,
-        lambda step: {"tokens": step * job.global_tokens, "data": corpus.position(step)},
+        lambda step: {"tokens": job.tokens(step), "data": corpus.position(step)},
     )  # fmt: skip
     begin(trainer, corpus, beside, snapshots)
     keeper = Keeper(trainer, corpus, beside)
@@ -98,6 +98,10 @@ def open_corpus(job: TrainJob, data: Mapping[str, Any]) -> Corpus:
         data.get("source", "stdlib"), data.get("path"), seed=data.get("seed", job.seed), seq=job.seq,
         sequences_per_step=job.sequences, tokenizer=open_tokenizer(tokenizer) if tokenizer else None,
         weights=data.get("weights"), holdout=data.get("holdout") or 0.0,
+        stages=[
+            Cut(after_steps=stage.after_steps, seq=stage.seq, sequences=stage.global_tokens // stage.seq)
+            for stage in job.stages
+        ],
     )  # fmt: skip
     corpus.check_vocabulary(job.shape.vocabulary)
     return corpus
@@ -217,7 +221,7 @@ class Keeper:
                 group=self._beside(), session=trainer.session, keep=config.keep, wait_s=job.timeout_s,
             )  # fmt: skip
         begun = time.monotonic()
-        self._saver.save(step, tokens=step * job.global_tokens, data=self._corpus.position(step))
+        self._saver.save(step, tokens=job.tokens(step), data=self._corpus.position(step))
         self._last = time.monotonic()
         self._cost_s = self._last - begun
         return self._saver

@@ -46,6 +46,7 @@ class Trainer:
         self, job: TrainJob, groups: Groups, source: Source, *, device: torch.device, session: Session
     ) -> None:
         self.job, self.groups, self.source, self.session = job, groups, source, session
+        self.now = job  # with the batch of the present stage
         self.dtype = _dtype(job.numerics, device)
         if job.numerics.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
@@ -90,6 +91,7 @@ class Trainer:
         just before the update.
         """
         job, state = self.job, self.state
+        self.enter(state.step)
         self.session.phase(Phase.DATA)
         mine = self.optimizer.gradients.mine
         shares = [self._share(replica) for replica in range(mine)]
@@ -127,9 +129,13 @@ class Trainer:
             raise RuntimeError(f"step {step} gave a loss or gradient that is not finite; no update was made")
         return update
 
+    def enter(self, step: int) -> None:
+        """The stage of the step that follows `step` completed ones."""
+        self.now = self.job.at(step)
+
     def rates(self, elapsed_s: float) -> Rates:
-        """Of one step that took this long."""
-        job = self.job
+        """Of one step of the present stage that took this long."""
+        job = self.now
         tokens_per_s = job.global_tokens / elapsed_s
         flops = job.shape.flops_per_token(job.seq) * tokens_per_s / job.layout.world_size
         return Rates(
@@ -138,14 +144,14 @@ class Trainer:
 
     def cut(self, sequences: Sequences, targets: torch.Tensor, *, scale: float) -> list[MicroBatch]:
         return micro_batches(
-            sequences, targets, size=self.job.micro_batch, scale=scale, rotation=self.rotation,
+            sequences, targets, size=self.now.micro_batch, scale=scale, rotation=self.rotation,
             dtype=self.dtype, share=self.share,
         )  # fmt: skip
 
     def _share(self, replica: int) -> Sequences:
         """The sequences of one of this rank's replicas."""
         number = self.groups.at.dp * self.optimizer.gradients.mine + replica
-        count = self.job.sequences_per_replica
+        count = self.now.sequences_per_replica
         return Sequences.of(self.source.sequences(self.state.step, number * count, (number + 1) * count))
 
     def _valid(self, targets: list[torch.Tensor]) -> int:
