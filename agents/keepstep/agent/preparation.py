@@ -202,6 +202,7 @@ def job_document(launch: Launch, run: LlamaRun) -> dict[str, Any]:
                 "pipeline",
                 "numerics",
                 "evaluation",
+                "metrics",
                 "seed",
                 "init_from",
             )

@@ -230,6 +230,25 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wandb:
+    """What wandb.init takes; None: its own default."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline"] | None = None
+    dir: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Where the rank that reports writes the job's figures beside; its packages are the node's to have."""
+
+    tensorboard: str | None = None  # a folder, in which each job has its own
+    wandb: Wandb | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaRun(Process):
     """The built-in trainer."""
 
@@ -241,6 +260,7 @@ class LlamaRun(Process):
     pipeline: Pipeline = Pipeline()
     numerics: Numerics = Numerics()
     evaluation: Evaluation | None = None
+    metrics: Metrics = Metrics()
     seed: int = 0
     init_from: str | None = None  # a folder of weights to begin with; None: random ones
     kind: Literal["llama"] = "llama"

@@ -1,11 +1,12 @@
 """What stands deeper in the part of the document that is about the built-in trainer."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from keepstep.core import job
-from keepstep.spec.fields import Number, Whole
+from keepstep.spec import scalars
+from keepstep.spec.fields import Kind, Number, SomeText, Whole
 from keepstep.spec.section import Section
 
 _SCALING = job.RopeScaling(factor=1)
@@ -39,3 +40,40 @@ class BatchStageSection(Section):
     """Tokens of a sequence."""
     micro_batch: Annotated[Whole, Field(ge=1, le=2**20)] | None = None
     """Sequences that go through the model together."""
+
+
+class WandbSection(Section):
+    """A run of Weights & Biases, with the job's id as its own; its key comes by run.secrets.WANDB_API_KEY."""
+
+    project: SomeText
+    """The project."""
+    entity: SomeText | None = Field(default=None, json_schema_extra={"default_text": "the key's own"})
+    """The user or team."""
+    name: SomeText | None = Field(default=None, json_schema_extra={"default_text": "the job's id"})
+    """Of the run."""
+    mode: (
+        Annotated[
+            Literal["online", "offline"],
+            BeforeValidator(scalars.one_of("online", "offline")),
+            Kind("a word", "offline"),
+        ]
+        | None
+    ) = Field(default=None, json_schema_extra={"default_text": "WANDB_MODE, else online"})
+    """offline: into files, for `wandb sync`; each attempt has files of its own."""
+    dir: SomeText | None = Field(default=None, json_schema_extra={"default_text": "where the rank runs"})
+    """A folder for its files, on every node."""
+
+    @classmethod
+    def short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"project": value}
+        return super().short(value)
+
+
+class MetricsSection(Section):
+    """Tools that the rank that reports writes for, where keepstep[metrics] is installed; none fails steps."""
+
+    tensorboard: SomeText | None = None
+    """A folder, seen by every node; the job's events are in a folder of its id."""
+    wandb: WandbSection | None = None
+    """Weights & Biases: the name of a project, or its fields."""

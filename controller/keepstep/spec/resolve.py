@@ -10,7 +10,7 @@ from keepstep.core import job
 from keepstep.core.layout import Layout
 from keepstep.spec.conflicts import conflicts
 from keepstep.spec.document import JobDocument, ResourcesSection
-from keepstep.spec.llama_document import BatchStageSection
+from keepstep.spec.llama_document import BatchStageSection, MetricsSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS, USUAL_LR
 from keepstep.spec.problems import Path, Problem
 from keepstep.spec.run_document import LlamaSection, ModelSection, RunSection, TextSection
@@ -144,6 +144,7 @@ def _llama(
         ),
         numerics=job.Numerics(**section.numerics.model_dump()),
         evaluation=_evaluation(section, base),
+        metrics=_metrics(section.metrics, base),
         seed=section.seed,
         init_from=_absolute(section.init_from, base),
         **_process(run),
@@ -187,6 +188,13 @@ def _evaluation(section: LlamaSection, base: Folder) -> job.Evaluation | None:
     if text is not None and text.tokenizer is None:
         text = replace(text, tokenizer=_absolute(section.data.tokenizer, base))
     return job.Evaluation(every_steps=evaluation.every_steps, sequences=evaluation.sequences, data=text)
+
+
+def _metrics(section: MetricsSection, base: Folder) -> job.Metrics:
+    wandb = None
+    if section.wandb is not None:
+        wandb = job.Wandb(**section.wandb.model_dump() | {"dir": _absolute(section.wandb.dir, base)})
+    return job.Metrics(tensorboard=_absolute(section.tensorboard, base), wandb=wandb)
 
 
 def _command(run: RunSection, base: Folder) -> job.CommandRun:
@@ -254,6 +262,7 @@ def _addresses(document: JobDocument) -> Iterator[Problem]:
         if llama.evaluation is not None and llama.evaluation.data is not None:
             yield from _address(("run", "llama", "evaluation", "data", "path"), llama.evaluation.data.path)
         yield from _address(("run", "llama", "init_from"), llama.init_from)
+        yield from _address(("run", "llama", "metrics", "tensorboard"), llama.metrics.tensorboard)
 
 
 def _address(path: Path, value: str | None) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ from keepstep.spec.fields import (
     Variable,
     Whole,
 )
-from keepstep.spec.llama_document import BatchStageSection, RopeScalingSection
+from keepstep.spec.llama_document import BatchStageSection, MetricsSection, RopeScalingSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS
 from keepstep.spec.section import Section, Words
 
@@ -238,6 +238,8 @@ class LlamaSection(Section):
     """Precision, memory and speed."""
     evaluation: EvaluationSection | None = None
     """When the loss on text that is not trained on is computed; left out: never."""
+    metrics: MetricsSection = MetricsSection()
+    """Where loss, rates and evaluations are written for other tools; keepstep has them in any case."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Of the first weights."""
     init_from: SomeText | None = None

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,9 @@ class TrainJob:
     skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
     evaluation: Evaluation | None = None
     stages: tuple[BatchStage, ...] = ()  # later ones, in their order
+    metrics: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # tensorboard: folder; wandb: what its init takes
 
     def at(self, step: int) -> "TrainJob":
         """The same with the batch of the step that follows `step` completed ones."""
@@ -146,6 +149,7 @@ class TrainJob:
                 numerics=Numerics(**(value.get("numerics") or {})),
                 skip_steps=frozenset(value.get("skip_steps") or ()),
                 evaluation=Evaluation(**value["evaluation"]) if value.get("evaluation") else None,
+                metrics=value.get("metrics") or {},
                 stages=tuple(BatchStage(**stage) for stage in batch.get("stages") or ()),
             )  # fmt: skip
         except KeyError as error:

@@ -27,6 +27,7 @@ from keepstep.llama.evaluation import Evaluator, Validation
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import Checkpointing, TrainJob
 from keepstep.llama.memory import Snapshots
+from keepstep.llama.metrics import Metrics, writers_of
 from keepstep.llama.optimizer import Update
 from keepstep.llama.tokenizer import open_tokenizer
 from keepstep.llama.trainer import Rates, Trainer
@@ -80,12 +81,14 @@ def run(job: TrainJob, session: Session) -> int:
         lambda step: {"tokens": job.tokens(step), "data": corpus.position(step)},
     )  # fmt: skip
     begin(trainer, corpus, beside, snapshots)
+    metrics = Metrics(writers_of(job, trainer.state.step) if trainer.reports else {})
     keeper = Keeper(trainer, corpus, beside)
-    examiner = Examiner(trainer, evaluated)
-    stopped = _loop(trainer, keeper, snapshots, examiner, stop)
+    examiner = Examiner(trainer, evaluated, metrics)
+    stopped = _loop(trainer, keeper, snapshots, examiner, metrics, stop)
     keeper.finish()
     if not stopped:
         examiner.evaluate()
+    metrics.close()
     snapshots.close()
     session.phase(Phase.FINISHED)
     parallel.leave()
@@ -147,8 +150,8 @@ def begin(trainer: Trainer, corpus: Corpus, beside: Beside, snapshots: Snapshots
 class Examiner:
     """Evaluates after every so many steps, and at the end; says nothing where that is not wanted."""
 
-    def __init__(self, trainer: Trainer, text: Corpus | None) -> None:
-        self._trainer, config = trainer, trainer.job.evaluation
+    def __init__(self, trainer: Trainer, text: Corpus | None, metrics: Metrics) -> None:
+        self._trainer, self._metrics, config = trainer, metrics, trainer.job.evaluation
         self._every, self._evaluator = 0, None
         if config is not None and text is not None:
             self._every = config.every_steps
@@ -169,6 +172,9 @@ class Examiner:
             _leave_evaluation(found)
             sys.stdout.write(validation_line(found, trainer.job.steps) + "\n")
             sys.stdout.flush()
+            parts = found.by_source if len(found.by_source) > 1 else {}
+            by_source = {f"validation/{source}": loss for source, loss in parts.items()}
+            self._metrics.write(found.step, {"validation/loss": found.loss, **by_source})
 
 
 class Keeper:
@@ -228,7 +234,12 @@ class Keeper:
 
 
 def _loop(
-    trainer: Trainer, keeper: Keeper, snapshots: Snapshots, examiner: Examiner, stop: StopSignal
+    trainer: Trainer,
+    keeper: Keeper,
+    snapshots: Snapshots,
+    examiner: Examiner,
+    metrics: Metrics,
+    stop: StopSignal,
 ) -> bool:
     """Steps until all are done (False) or a rank was told to stop (True)."""
     job, session, state = trainer.job, trainer.session, trainer.state
@@ -248,11 +259,25 @@ def _loop(
         if trainer.reports:
             sys.stdout.write(line(state.step, job.steps, update, rates) + "\n")
             sys.stdout.flush()
+            metrics.write(state.step, figures(job, state.step, update, rates))
         told_to_stop, save_due = update.asks
         if told_to_stop:
             return True
         keeper.after_step(wanted=save_due)
     return False
+
+
+def figures(job: TrainJob, step: int, update: Update, rates: Rates) -> dict[str, float]:
+    """Of the update that made `step` completed steps."""
+    trained = {"train/loss": update.loss, "train/grad_norm": update.grad_norm}
+    return {
+        **({} if update.skipped else trained),
+        "train/learning_rate": job.optimizer.lr_at(step - 1, job.steps),
+        "train/tokens": float(job.tokens(step)),
+        "speed/tokens_per_s": rates.tokens_per_s,
+        "speed/tflops": rates.tflops,
+        "speed/mfu": rates.mfu,
+    }
 
 
 def line(step: int, steps: int, update: Update, rates: Rates) -> str:
