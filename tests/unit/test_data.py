@@ -160,7 +160,7 @@ def test_pieces_cover_the_stream(lengths: list[int], seq: int, seed: int) -> Non
     assert len(used) == (sum(lengths) - 1) // seq * seq
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40),
     stages=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 33)), max_size=4),

@@ -217,6 +217,7 @@ class Numerics:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    float8: bool = False
     deterministic: bool = False
 
 

@@ -22,6 +22,7 @@ _MODEL: Path = ("run", "llama", "model")
 _BATCH: Path = ("run", "llama", "batch")
 _PIPELINE: Path = ("run", "llama", "pipeline")
 _ONE_CHUNK = Pipeline()
+_FLOAT8_UNIT = 16  # elements: rows and columns of a product
 
 
 def misfits(spec: JobSpec) -> Iterator[Problem]:
@@ -52,6 +53,7 @@ def misfits(spec: JobSpec) -> Iterator[Problem]:
         for number, stage in enumerate(batch.all):
             yield from _batch_problems(model, stage, layout, (*_BATCH, *_stage(number)))
         yield from _order_problems(batch, spec.run)
+        yield from _float8_problems(spec.run, layout)
 
 
 def doubts(spec: JobSpec) -> Iterator[str]:
@@ -213,6 +215,28 @@ def _order_problems(batch: Batch, run: LlamaRun | CommandRun) -> Iterator[Proble
             what = f"begins after {counted(stage.after_steps, 'step')}, and the job has {run.steps:,}"
             yield Problem(path=at, what=what, next="Raise steps, or leave the stage out.")
         before = stage.after_steps
+
+
+def _float8_problems(run: LlamaRun | CommandRun, layout: Layout) -> Iterator[Problem]:
+    assert isinstance(run, LlamaRun)
+    if not run.numerics.float8:
+        return
+    at: Path = ("run", "llama", "numerics", "float8")
+    if run.numerics.precision == "fp32":
+        yield Problem(path=at, what="goes with bf16, not with fp32", next="Leave one of them out.")
+    model = run.model
+    heads = (model.heads + 2 * model.kv_heads) * model.head_dim
+    for noun, size in (
+        ("dim", model.dim),
+        ("dim / tp", model.dim // layout.tp),
+        ("FFN dim / tp", model.ffn_dim // layout.tp),
+        ("width of queries, keys and values / tp", heads // layout.tp),
+    ):  # fmt: skip
+        if size % _FLOAT8_UNIT:
+            next_ = "Change the model or tp, or leave it out."
+            yield Problem(
+                path=at, what=f"needs a multiple of {_FLOAT8_UNIT}, and {noun} is {size:,}", next=next_
+            )
 
 
 def _batch_problems(model: ModelShape, batch: BatchSizes, layout: Layout, path: Path) -> Iterator[Problem]:

@@ -215,6 +215,9 @@ class NumericsSection(Section):
     each layer. A layer of 8b at 8,192 tokens keeps 1,142, 773 or 67 MB."""
     compile: Truth = False
     """Compile the element-wise parts of each block, with torch.compile; the first step takes longer."""
+    float8: Truth = False
+    """Products of the layers' matrices in float8, with a scale for each row; gradients of weights, embedding,
+    output and attention stay in bf16. On GPUs from Ada and Hopper on; not tried on any yet."""
     deterministic: Truth = False
     """The same bits in every run of the same layout, at some cost on GPUs; on CPUs it is always so."""
 

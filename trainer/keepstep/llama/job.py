@@ -13,6 +13,7 @@ from keepstep.core.errors import InputError
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
+from keepstep.llama.float8 import check_shape
 from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, Numerics
 from keepstep.llama.optimizer import OptimizerConfig
 from keepstep.llama.schedule import ONE_CHUNK, SCHEDULES, Pipeline
@@ -197,6 +198,8 @@ class TrainJob:
         ):
             if word not in known:
                 raise InputError(f"there is no {word!r}", where=where, next=f"Known: {', '.join(known)}.")
+        if self.numerics.float8:
+            check_shape(self.shape, self.layout, self.numerics.precision)
         if schedule == "1f1b" and chunks > 1:
             raise InputError(
                 f"{chunks} chunks a rank", where="pipeline.chunks", why="1f1b knows one",

@@ -27,6 +27,7 @@ class Numerics:
     precision: str = "auto"  # of weights and activations while computing; auto: bf16 on CUDA, fp32 elsewhere
     recompute: str = "none"
     compile: bool = False  # the element-wise parts of each block, by torch.compile
+    float8: bool = False  # products of the layers' matrices: see float8.py
     deterministic: bool = False  # the same bits in every run of one layout; on CPU it is always so
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from keepstep.core.beacon import Trouble
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
+from keepstep.llama.float8 import check_device
 from keepstep.llama.job import TrainJob
 from keepstep.llama.kernels import Kernels
 from keepstep.llama.microbatch import MicroBatch, Rotation, Sequences, Share, micro_batches, targets_of
@@ -61,7 +62,11 @@ class Trainer:
         self.rotation = Rotation(job.shape, device)
         tp, cp = Peers(groups.tp, session), Peers(groups.cp, session, along="cp")
         kernels = Kernels.compiled() if job.numerics.compile else Kernels()
-        means = Means(tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute)
+        if job.numerics.float8:
+            check_device(device)
+        means = Means(
+            tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute, float8=job.numerics.float8
+        )
         self.share = Share(job.layout.cp, at.cp)
         pp, chunks = job.layout.pp, job.pipeline.chunks
         stages = [
