@@ -66,7 +66,11 @@ def job(request: dict[str, Any]) -> TrainJob:
             "virtual_dp": request.get("replicas"),
             "model": MODEL,
             "steps": request["steps"],
-            "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ},
+            "batch": {
+                "global_tokens": SEQ * SEQUENCES,
+                "seq": SEQ,
+                "micro_batch": request.get("micro_batch", 1),
+            },
             "optimizer": {"lr": 3e-3, "warmup_steps": 3},
             "timeout_s": 30,
         }
@@ -78,7 +82,9 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     described = job(request)
     device = torch.device("cpu")
     groups = parallel.join(described.layout, device, timeout_s=30)
-    trainer = Trainer(described, groups, Patterns(), device=device, session=current())
+    trainer = Trainer(
+        described, groups, Patterns(), device=device, session=current(), ahead=request.get("ahead")
+    )
     if request.get("sabotage") == "norm-gradients":
         trainer.optimizer.gradients.groups = parallel.Groups(layout=groups.layout, rank=groups.rank)
     folder = Path(request.get("checkpoint", ""))
@@ -95,14 +101,26 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         saver = Saver(folder, trainer.state, identity, group=beside, session=current())
         saver.save(trainer.state.step, tokens=0, data={})
         assert saver.close(30) == trainer.state.step
+    digest = digest_of(trainer)
     parallel.leave()
-    used = trainer.state.weights[: trainer.state.index.used].view(torch.uint8).numpy().tobytes()
     return {
         "losses": [update.loss for update in updates],
         "norms": [update.grad_norm for update in updates],
-        "weights": hashlib.sha256(used).hexdigest(),
+        "weights": digest,
         "place": str(groups.at.pp) + str(groups.at.tp),
     }
+
+
+def digest_of(trainer: Trainer) -> str:
+    """Of all weights of this rank's part of the model, whoever owns them and however they are cut."""
+    found: dict[str, bytes] = {}
+    for unit in trainer.state.index.units:
+        trainer.optimizer.weights.gather(unit)
+        for parameter in unit.parameters:
+            found[parameter.name] = (
+                trainer.state.weight(parameter.name).view(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()
 
 
 def whole_program(request: dict[str, Any]) -> dict[str, Any]:

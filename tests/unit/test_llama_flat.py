@@ -50,7 +50,7 @@ def whole_model(layout: Layout, replicas: int = 0) -> dict[str, Tensor]:
         index = FlatIndex.of(SMALL, layout, at, replicas=replicas)
         state = FlatState(index, at.dp, device=CPU, dtype=torch.float32)
         initialise(state, SMALL, seed=11)
-        owned = index.owned(at.dp)
+        (owned,) = index.owned(at.dp)
         for parameter in index.parameters:
             whole = found.setdefault(parameter.name, torch.full(parameter.global_shape, math.nan))
             local = torch.full((parameter.numel,), math.nan)
@@ -90,9 +90,9 @@ def test_other_seeds_begin_elsewhere() -> None:
 def test_a_gang_that_shrinks_cuts_the_same_vector() -> None:
     layouts = [Layout(dp=dp, tp=2) for dp in (1, 2, 3, 6)]
     indices = [FlatIndex.of(SMALL, layout, layout.coordinates(0), replicas=6) for layout in layouts]
-    assert len({(index.length, index.matrices, index.parameters) for index in indices}) == 1
+    assert len({index.units for index in indices}) == 1
     for index in indices:
-        assert [k for dp in range(index.dp) for k in index.owned(dp)] == list(range(index.length))
+        assert [k for dp in range(index.dp) for k in index.owned(dp)[0]] == list(range(index.length))
         assert index.shard % 64 == 0
 
 
@@ -121,7 +121,8 @@ def test_an_update_is_that_of_torch(clip: float) -> None:
     steps = {name: torch.tensor(0.0) for name in theirs}
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        state.grads[: index.used] = torch.randn(index.used, generator=generator) * 0.01
+        used = index.units[0].used
+        state.grads[:used] = torch.randn(used, generator=generator) * 0.01
         for name, parameter in theirs.items():
             parameter.grad = state.grad(name).clone()
         norm = torch.nn.utils.clip_grad_norm_(theirs.values(), clip or math.inf)
@@ -146,7 +147,8 @@ def test_the_norm_of_a_large_gradient_is_exact_where_one_fp32_sum_is_not() -> No
     shape = replace(SMALL, vocabulary=2**16)
     index = FlatIndex.of(shape, Layout(), Layout().coordinates(0))
     state = FlatState(index, 0, device=CPU, dtype=torch.float32)
-    state.grads[: index.used] = torch.randn(index.used, generator=torch.Generator().manual_seed(0))
+    used = index.units[0].used
+    state.grads[:used] = torch.randn(used, generator=torch.Generator().manual_seed(0))
     exact = float(torch.linalg.vector_norm(state.grads, dtype=torch.float64))
     optimizer = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig())
     update = optimizer.update(torch.ones(1), lr=1e-3)

@@ -12,7 +12,7 @@ from keepstep.core.errors import InputError
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
-from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, Numerics
+from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, SHARDS, Numerics
 from keepstep.llama.optimizer import OptimizerConfig
 from keepstep.llama.schedule import ONE_CHUNK, SCHEDULES, Pipeline
 from keepstep.llama.shape import ModelShape
@@ -151,6 +151,7 @@ class TrainJob:
             ("pipeline.schedule", schedule, SCHEDULES),
             ("numerics.precision", self.numerics.precision, PRECISIONS),
             ("numerics.recompute", self.numerics.recompute, RECOMPUTATIONS),
+            ("numerics.shard", self.numerics.shard, SHARDS),
         ):
             if word not in known:
                 raise InputError(f"there is no {word!r}", where=where, next=f"Known: {', '.join(known)}.")

@@ -9,7 +9,7 @@ flat buffer, so they are one matrix here; so are w1 and w3.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from keepstep.llama.kernels import PLAIN, Kernels
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.numerics import LOGITS
 from keepstep.llama.shape import ModelShape
+from keepstep.llama.sharding import Sharded, linked, within
 from keepstep.llama.tensor_parallel import Peers, cross_entropy, embedding, multiply, row_linear
 
 
@@ -47,6 +48,7 @@ class Means:
     cp: Peers = field(default_factory=lambda: Peers(along="cp"))
     kernels: Kernels = PLAIN
     recompute: str = "none"
+    units: Mapping[str, Sharded] = field(default_factory=dict)  # by name; none: nothing comes and goes
 
     @property
     def keep(self) -> bool:
@@ -146,17 +148,16 @@ class _HeadLoss(Function):
                 else:
                     dwhole = dpart
         if learns:
-            ctx.save_for_backward(x, inverse, means.tp.scatter_sum(dwhole))
-            ctx.of = norm, means
+            dnormed = means.tp.scatter_sum(dwhole)
+            dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
+            norm.grad.add_(dweight)
+            ctx.save_for_backward(dx)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _one: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, inverse, dnormed = ctx.saved_tensors
-        norm, means = ctx.of
-        dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
-        norm.grad.add_(dweight)
+        (dx,) = ctx.saved_tensors
         return dx, None, None, None, None
 
 
@@ -198,7 +199,7 @@ class _Recomputed(Function):
 class Layer:
     def __init__(self, shape: ModelShape, state: FlatState, layer: int, means: Means) -> None:
         at = f"layers.{layer}"
-        self.means = means
+        self.means, self.unit = means, means.units.get(at)
         self.heads, self.kv_heads = shape.heads // means.tp.size, shape.kv_heads // means.tp.size
         self.head_dim = shape.head_dim
         self.attention_norm = RmsNorm(state, f"{at}.attention_norm.weight", shape.norm_eps)
@@ -210,8 +211,8 @@ class Layer:
 
     def __call__(self, x: Tensor, batch: MicroBatch) -> Tensor:
         if self.means.recompute == "full":
-            return _Recomputed.apply(x, self, batch)  # type: ignore[no-any-return]
-        return self.run(x, batch)
+            return within(self.unit, lambda x: _Recomputed.apply(x, self, batch), x)
+        return within(self.unit, lambda x: self.run(x, batch), x)
 
     def run(self, x: Tensor, batch: MicroBatch) -> Tensor:
         x = x + self.attention(x, batch)
@@ -303,15 +304,37 @@ class Stage:
         if self.last:
             self.norm = RmsNorm(state, "norm.weight", shape.norm_eps)
             self.output = Matrix(state, "output.weight")
+        self.head = means.units.get("output") if self.last else None
+        self.table = means.units.get("embedding") if self.first else None
+        linked([self.table, *(layer.unit for layer in self.layers), self.head])
 
     def __call__(self, x: Tensor, *, batch: MicroBatch) -> Tensor:
         """x is [tokens] in the first stage, else [tokens/tp, dim]; gives the latter, or the scaled loss."""
         if self.first:
-            x = embedding(batch.tokens, self.embedding.weight, self.embedding.grad, self.means.tp)
+            x = self._embedded(batch.tokens)
         for layer in self.layers:
             x = layer(x, batch)
         if not self.last:
             return x
         if batch.targets is None:
             return _NormColumn.apply(x, self.norm, self.output, self.means)  # type: ignore[no-any-return]
-        return _HeadLoss.apply(x, self.norm, self.output, batch, self.means)  # type: ignore[no-any-return]
+        return self._loss(x, batch)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        table, means = self.embedding, self.means
+        anchor = torch.zeros((), device=table.grad.device, requires_grad=True)
+        return within(
+            self.table,
+            lambda anchor: embedding(anchor, tokens, table.weight, table.grad, means.tp),
+            anchor,
+        )  # fmt: skip
+
+    def _loss(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        unit = self.head
+        if unit is not None:  # both passes are one
+            unit.gather()
+            unit.expect()
+        loss: Tensor = _HeadLoss.apply(x, self.norm, self.output, batch, self.means)
+        if unit is not None:
+            unit.collect()
+        return loss

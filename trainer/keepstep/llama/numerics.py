@@ -19,6 +19,7 @@ from keepstep.llama.shape import ModelShape
 
 PRECISIONS = ("auto", "bf16", "fp32")
 RECOMPUTATIONS = ("none", "selective", "full")
+SHARDS = ("optimizer", "gradients", "parameters")
 LOGITS = 2**27  # that exist at a time: 512 MB in fp32
 
 
@@ -26,6 +27,7 @@ LOGITS = 2**27  # that exist at a time: 512 MB in fp32
 class Numerics:
     precision: str = "auto"  # of weights and activations while computing; auto: bf16 on CUDA, fp32 elsewhere
     recompute: str = "none"
+    shard: str = "optimizer"  # what ranks of DP x CP share out: see sharding.py
     compile: bool = False  # the element-wise parts of each block, by torch.compile
     deterministic: bool = False  # the same bits in every run of one layout; on CPU it is always so
 

@@ -20,7 +20,7 @@ from keepstep.session import Phase, Session
 
 
 class Runner:
-    """Forward and backward of a replica's micro-batches. All of them have the same size."""
+    """Forward and backward of micro-batches that all have the same size."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class Runner:
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (micro-batch, chunk): input, output
 
     def run(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """The summed loss; zero on all ranks but those of the last stage."""
-        total = torch.zeros((), device=self._edge.device)
+        """The loss of each; zero on all ranks but those of the last stage."""
+        losses = torch.zeros(len(batches), device=self._edge.device)
         for tick in self._ticks:
             one, made = tick[self._rank], None
             if one is not None and one.backward:
@@ -51,12 +51,12 @@ class Runner:
             elif one is not None:
                 made = self._forward(one, batches[one.micro_batch])
                 if self._stages[one.chunk].last:
-                    total += made
+                    losses[one.micro_batch] = made
             if len(tick) > 1:
                 self._exchange(tick, made)
         while self._sent:
             self._sent.popleft()[0].wait()
-        return total
+        return losses
 
     def _forward(self, one: Pass, batch: MicroBatch) -> Tensor:
         stage = self._stages[one.chunk]

@@ -99,16 +99,17 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 class _Row(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.grad, ctx.tp = grad, tp
+        ctx.save_for_backward(x)
+        ctx.of = weight, grad, tp  # a weight is written to between the two passes where it is gathered twice
         return tp.scatter_sum(multiply(x, weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
-        dy = ctx.tp.gather(dy)
-        ctx.grad.add_(multiply(dy.t(), x.t()))
+        (x,) = ctx.saved_tensors
+        weight, grad, tp = ctx.of
+        dy = tp.gather(dy)
+        grad.add_(multiply(dy.t(), x.t()))
         return multiply(dy, weight.t()), None, None, None
 
 
@@ -141,9 +142,11 @@ class _Embedding(Function):
         return None, None, None, None, None
 
 
-def embedding(tokens: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
-    """tokens [tokens] -> [tokens/tp, dim]; the table is cut along the vocabulary."""
-    anchor = torch.zeros((), device=weight.device, requires_grad=True)  # makes autograd call backward
+def embedding(anchor: Tensor, tokens: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
+    """tokens [tokens] -> [tokens/tp, dim]; the table is cut along the vocabulary.
+
+    `anchor` is any tensor that asks for a gradient, so that autograd calls the backward pass.
+    """
     return _Embedding.apply(anchor, tokens, weight, grad, tp)  # type: ignore[no-any-return]
 
 

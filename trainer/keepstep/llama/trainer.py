@@ -21,6 +21,7 @@ from keepstep.llama.optimizer import ShardedAdamW, Update
 from keepstep.llama.parallel import Groups
 from keepstep.llama.parity import Parity
 from keepstep.llama.pipeline import Runner
+from keepstep.llama.sharding import sharded
 from keepstep.llama.tensor_parallel import Peers
 from keepstep.session import Phase, Session
 
@@ -43,24 +44,40 @@ class Rates:
 
 class Trainer:
     def __init__(
-        self, job: TrainJob, groups: Groups, source: Source, *, device: torch.device, session: Session
+        self,
+        job: TrainJob,
+        groups: Groups,
+        source: Source,
+        *,
+        device: torch.device,
+        session: Session,
+        ahead: bool | None = None,
     ) -> None:
+        """`ahead`: where parameters are sharded, a unit's weights travel while another computes; None: on
+        CUDA."""
         self.job, self.groups, self.source, self.session = job, groups, source, session
         self.dtype = _dtype(job.numerics, device)
+        ahead = device.type == "cuda" if ahead is None else ahead
         if job.numerics.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
             torch.use_deterministic_algorithms(True)
             # Nothing here reads what it did not write.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         at = groups.at
-        index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas, chunks=job.pipeline.chunks)
-        self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
+        shard = job.numerics.shard
+        index = FlatIndex.of(
+            job.shape, job.layout, at, replicas=job.replicas, chunks=job.pipeline.chunks, shard=shard
+        )
+        self.state = FlatState(index, at.dp, device=device, dtype=self.dtype, shard=shard, ahead=ahead)
         self.optimizer = ShardedAdamW(self.state, groups, job.optimizer, session)
         self.parity = Parity(self.state, groups, session)
         self.rotation = Rotation(job.shape, device)
         tp, cp = Peers(groups.tp, session), Peers(groups.cp, session, along="cp")
         kernels = Kernels.compiled() if job.numerics.compile else Kernels()
-        means = Means(tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute)
+        means = Means(
+            tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute,
+            units=sharded(self.state, self.optimizer.weights, self.optimizer.gradients),
+        )  # fmt: skip
         self.share = Share(job.layout.cp, at.cp)
         pp, chunks = job.layout.pp, job.pipeline.chunks
         stages = [
@@ -71,9 +88,13 @@ class Trainer:
         edge = torch.empty(
             job.micro_batch * job.seq // (cp.size * tp.size), job.shape.dim, dtype=self.dtype, device=device
         )
+        # Replicas one after the other, or their micro-batches by turns: see sharding.py.
+        mine = self.optimizer.gradients.mine
+        self.turns = mine if self.state.gradients_sharded else 1
         self.runner = Runner(
-            stages, groups, session, pipeline=job.pipeline, micro_batches=job.micro_batches, edge=edge
-        )
+            stages, groups, session, pipeline=job.pipeline, micro_batches=job.micro_batches * self.turns,
+            edge=edge,
+        )  # fmt: skip
 
     @property
     def reports(self) -> bool:
@@ -99,18 +120,24 @@ class Trainer:
         targets = [targets_of(share) for share in shares]
         scale = 1.0 / self._valid(targets)
         losses = torch.zeros(mine, device=state.grads.device)
-        for replica in range(mine):
-            batches = micro_batches(
-                shares[replica], targets[replica], size=job.micro_batch, scale=scale,
-                rotation=self.rotation, dtype=self.dtype, share=self.share,
-            )  # fmt: skip
-            state.grads.zero_()
-            loss = self.runner.run(batches)
+        self.optimizer.gradients.begin(gate)
+        for first in range(0, mine, self.turns):
+            batches = [
+                micro_batches(
+                    shares[replica], targets[replica], size=job.micro_batch, scale=scale,
+                    rotation=self.rotation, dtype=self.dtype, share=self.share,
+                )
+                for replica in range(first, first + self.turns)
+            ]  # fmt: skip
+            if not state.gradients_sharded:
+                state.grads.zero_()
+            of_batches = self.runner.run([batch for turn in zip(*batches, strict=True) for batch in turn])
             if self.counts_loss:
-                losses[replica] = loss
+                for loss in of_batches.view(-1, self.turns):
+                    losses[first : first + self.turns] += loss
             self.session.phase(Phase.OPTIMIZER)
-            gate()
-            self.optimizer.gradients.collect(replica)
+            if not state.gradients_sharded:
+                self.optimizer.gradients.collect(state.index.units[0])
         self.parity.check()
         lr = job.optimizer.lr_at(state.step, job.steps)
         left_out = state.step + 1 in job.skip_steps
@@ -126,7 +153,7 @@ class Trainer:
         if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
             return update
         step = self.state.step
-        if not bool(torch.isfinite(self.state.grads).all()):
+        if not self.optimizer.gradients.finite_here():
             self.session.trouble(Trouble.NOT_FINITE_HERE, step)
         self.session.trouble(Trouble.NOT_FINITE, step)
         if self.session.attached:
@@ -144,7 +171,7 @@ class Trainer:
 
     def _share(self, replica: int) -> Sequences:
         """The sequences of one of this rank's replicas."""
-        number = self.groups.at.dp * self.optimizer.gradients.mine + replica
+        number = replica * self.job.layout.dp + self.groups.at.dp
         count = self.job.sequences_per_replica
         return Sequences.of(self.source.sequences(self.state.step, number * count, (number + 1) * count))
 
