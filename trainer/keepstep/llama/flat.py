@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from keepstep.core.errors import InputError
-from keepstep.core.layout import Coordinates, Layout
+from keepstep.core.footprint import ALIGNMENT
+from keepstep.core.layout import Coordinates, Layout, stage_layers
 from keepstep.llama.shape import ModelShape
-
-ALIGNMENT = 64  # elements: owned ranges start at whole cache lines, whatever the data type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,18 +233,6 @@ class FlatState:
             assert other.offset == stop and other.shape[1:] == first.shape[1:], other.name
             stop, rows = other.span.stop, rows + other.shape[0]
         return buffer(unit)[first.offset - unit.start : stop - unit.start].view(rows, *first.shape[1:])
-
-
-def stage_layers(layers: int, stages: int, stage: int) -> range:
-    """The layers of a (virtual) stage: equally many where that can be.
-
-    Else embedding and output count as a layer each, as in the paper (section 3.3.2): 126 layers on 16 stages
-    are 7, 8 ... 8, 7. What is over goes to the later stages.
-    """
-    if layers % stages == 0:
-        return range(layers // stages * stage, layers // stages * (stage + 1))
-    first, stop = ((layers + 2) * k // stages - 1 for k in (stage, stage + 1))
-    return range(max(0, first), min(layers, stop))
 
 
 def stage_sizes(shape: ModelShape, stages: int, stage: int) -> list[tuple[str, tuple[int, ...]]]:

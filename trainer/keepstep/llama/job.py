@@ -9,6 +9,7 @@ from typing import Any
 
 from keepstep.core.checkpoints import Branch, Point
 from keepstep.core.errors import InputError
+from keepstep.core.footprint import Training
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
@@ -74,6 +75,14 @@ class TrainJob:
     def micro_batches(self) -> int:
         """Of a replica in a step."""
         return self.sequences_per_replica // self.micro_batch
+
+    def training(self, *, element: int, cuda: bool) -> Training:
+        """What decides the memory of a rank; `element`: bytes of the precision that is computed in."""
+        return Training(
+            seq=self.seq, micro_batch=self.micro_batch, micro_batches=self.micro_batches,
+            replicas=self.replicas, schedule=self.pipeline.schedule, chunks=self.pipeline.chunks,
+            recompute=self.numerics.recompute, shard=self.numerics.shard, element=element, cuda=cuda,
+        )  # fmt: skip
 
     @classmethod
     def read(cls, path: Path) -> "TrainJob":

@@ -9,7 +9,7 @@ flat buffer, so they are one matrix here; so are w1 and w3.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from keepstep.llama.flat import FlatState, stage_layers
+from keepstep.core.footprint import LOGITS
+from keepstep.core.layout import stage_layers
+from keepstep.llama.flat import FlatState
 from keepstep.llama.kernels import PLAIN, Kernels
-from keepstep.llama.microbatch import MicroBatch
-from keepstep.llama.numerics import LOGITS
+from keepstep.llama.microbatch import MicroBatch, Window, cut_window
 from keepstep.llama.shape import ModelShape
 from keepstep.llama.sharding import Sharded, linked, within
 from keepstep.llama.tensor_parallel import Peers, cross_entropy, embedding, multiply, row_linear
+
+MASK = 2**24  # elements of an attention mask, where there is one
 
 
 class RmsNorm:
@@ -259,23 +262,58 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, documents: int) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[tuple[int, int, int]]) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[Window]) -> Tensor:
     """The last of a window's keys is its last query's own, and each query before sees one less."""
     parts, start = [], 0
-    for count, begin, end in windows:
-        rows, keys = slice(start, start + count), slice(begin, end)
-        q_, k_, v_ = (x.transpose(0, 1).unsqueeze(0) for x in (q[rows], k[keys], v[keys]))
-        seen = None
-        if count < end - begin:
-            seen = torch.ones(count, end - begin, dtype=torch.bool, device=q.device).tril_(
-                end - begin - count
-            )
-        out = F.scaled_dot_product_attention(
-            q_, k_, v_, attn_mask=seen, is_causal=seen is None, enable_gqa=k.shape[1] != q.shape[1]
-        )
-        parts.append(out.squeeze(0).transpose(0, 1))
-        start += count
+    for window in windows:
+        rows, keys = slice(start, start + window[0]), slice(*window[1:])
+        large = len(cut_window(window, MASK)) > 1
+        parts.append((_Blocks.apply if large else _seen)(q[rows], k[keys], v[keys]))
+        start = rows.stop
     return torch.cat(parts)
+
+
+def _seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of a window's queries over its keys."""
+    mask, (count, keys) = None, (len(q), len(k))
+    if count < keys:
+        mask = torch.ones(count, keys, dtype=torch.bool, device=q.device).tril_(keys - count)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+class _Blocks(Function):
+    """The same, some queries at a time, each block run again in the backward pass: no large mask is held."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return torch.cat([_seen(q[rows], k[:stop], v[:stop]) for rows, stop in _blocks(q, k)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, stop in _blocks(q, k):
+            block = [x.detach().requires_grad_() for x in (q[rows], k[:stop], v[:stop])]
+            with torch.enable_grad():
+                out = _seen(*block)
+            dq[rows], dk_part, dv_part = torch.autograd.grad(out, block, dy[rows])
+            dk[:stop] += dk_part
+            dv[:stop] += dv_part
+        return dq, dk, dv
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
+    """Queries, and how many keys the last of them sees."""
+    start = 0
+    for count, _, stop in cut_window((len(q), 0, len(k)), MASK):
+        yield slice(start, start + count), stop
+        start += count
 
 
 @functools.cache

@@ -174,7 +174,7 @@ class Keeper:
 
 def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSignal) -> bool:
     """Steps until all are done (False) or a rank was told to stop (True)."""
-    job, session, state = trainer.job, trainer.session, trainer.state
+    job, session, state, first = trainer.job, trainer.session, trainer.state, True
     while state.step < job.steps:
         started = time.perf_counter()
         update = trainer.step((stop.came, keeper.due), says=lambda: snapshots.says, gate=snapshots.complete)
@@ -190,6 +190,11 @@ def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSign
         if trainer.reports:
             sys.stdout.write(line(state.step, job.steps, update, rates) + "\n")
             sys.stdout.flush()
+            if first:
+                sys.stderr.write(
+                    f"rank {session.rank} holds {trainer.held()} (at most {trainer.expected()})\n"
+                )
+                first = False
         told_to_stop, save_due = update.asks
         if told_to_stop:
             return True

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from keepstep.core.beacon import Trouble
+from keepstep.core.footprint import Footprint, footprint
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.job import TrainJob
@@ -159,6 +160,38 @@ class Trainer:
         if self.session.attached:
             raise RuntimeError(f"step {step} gave a loss or gradient that is not finite; no update was made")
         return update
+
+    def held(self) -> Footprint:
+        """Bytes that this rank holds: its buffers exactly; activations where the device's allocator tells.
+
+        On CUDA all that was allocated beside the buffers at the peak, the logits among it.
+        """
+        state, gradients = self.state, self.optimizer.gradients
+        seen: set[int] = set()
+
+        def apart(*buffers: torch.Tensor) -> int:
+            """Bytes of those that share no memory with an earlier one."""
+            count = 0
+            for storage in (buffer.untyped_storage() for buffer in buffers):
+                count += 0 if storage.data_ptr() in seen else storage.nbytes()
+                seen.add(storage.data_ptr())
+            return count
+
+        owned, weights, grads = apart(state.state), apart(state.weights), apart(state.grads)
+        exchanged = apart(gradients.owned, gradients.segment, gradients.received)
+        peak_bytes = 0
+        if state.state.is_cuda:
+            peak_bytes = torch.cuda.max_memory_allocated() - owned - weights - grads - exchanged
+        return Footprint(
+            owned=owned, weights=weights, gradients=grads, exchanged=exchanged,
+            activations=max(0, peak_bytes), working=0, logits=0,
+        )  # fmt: skip
+
+    def expected(self) -> Footprint:
+        """What it was to hold, at most: core.footprint."""
+        job, cuda = self.job, self.state.state.is_cuda
+        training = job.training(element=self.dtype.itemsize, cuda=cuda)
+        return footprint(job.shape, job.layout, self.groups.rank, training)
 
     def rates(self, elapsed_s: float) -> Rates:
         """Of one step that took this long."""

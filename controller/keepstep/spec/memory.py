@@ -1,0 +1,24 @@
+"""How much memory a rank of the built-in trainer takes, from its job alone."""
+
+from keepstep.core.footprint import Footprint, Training, fullest
+from keepstep.core.job import LlamaRun
+from keepstep.core.layout import Layout
+
+
+def rank_memory(run: LlamaRun, layout: Layout, *, replicas: int, gpus: bool = True) -> Footprint:
+    """Of the rank that takes most; `replicas` were asked for, the layout has as many or fewer."""
+    numerics = run.numerics
+    bf16 = numerics.precision == "bf16" or (numerics.precision == "auto" and gpus)
+    training = Training(
+        seq=run.batch.seq,
+        micro_batch=run.batch.micro_batch,
+        micro_batches=run.batch.micro_batches(replicas),
+        replicas=replicas,
+        schedule=run.pipeline.schedule,
+        chunks=run.pipeline.chunks,
+        recompute=numerics.recompute,
+        shard=numerics.shard,
+        element=2 if bf16 else 4,
+        cuda=gpus,
+    )
+    return fullest(run.model, layout, training)[1]
