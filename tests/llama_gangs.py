@@ -36,17 +36,21 @@ MODEL = {"layers": 4, "dim": 64, "ffn_dim": 96, "heads": 8, "kv_heads": 4, "voca
 class Patterns:
     """Sequences of a few documents each, made from (step, number) alone; there is something to learn."""
 
+    def __init__(self, seq: int) -> None:
+        self._seq = seq
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
-        tokens = np.empty((stop - start, SEQ + 1), np.int64)
-        documents = np.zeros((stop - start, SEQ), np.int32)
-        positions = np.empty((stop - start, SEQ), np.int64)
+        seq = self._seq
+        tokens = np.empty((stop - start, seq + 1), np.int64)
+        documents = np.zeros((stop - start, seq), np.int32)
+        positions = np.empty((stop - start, seq), np.int64)
         for row in range(stop - start):
             chance = np.random.default_rng([step, start + row])
-            tokens[row] = np.cumsum(chance.integers(0, 3, SEQ + 1)) % MODEL["vocabulary"]
-            for cut in chance.integers(1, SEQ, 2)[: (start + row) % 3]:
+            tokens[row] = np.cumsum(chance.integers(0, 3, seq + 1)) % MODEL["vocabulary"]
+            for cut in chance.integers(1, seq, 2)[: (start + row) % 3]:
                 documents[row, cut:] += 1
             starts = np.flatnonzero(np.diff(documents[row], prepend=-1))
-            positions[row] = np.arange(SEQ) - np.repeat(starts, np.diff(starts, append=SEQ))
+            positions[row] = np.arange(seq) - np.repeat(starts, np.diff(starts, append=seq))
         return Batch(tokens, documents, positions)
 
 
@@ -64,15 +68,11 @@ def job(request: dict[str, Any]) -> TrainJob:
             "pipeline": request.get("pipeline"),
             "numerics": request.get("numerics"),
             "virtual_dp": request.get("replicas"),
-            "model": MODEL,
+            "model": {**MODEL, **request.get("model", {})},
             "steps": request["steps"],
-            "batch": {
-                "global_tokens": SEQ * SEQUENCES,
-                "seq": SEQ,
-                "micro_batch": request.get("micro_batch", 1),
-            },
+            "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ, **request.get("batch", {})},
             "optimizer": {"lr": 3e-3, "warmup_steps": 3},
-            "timeout_s": 30,
+            "timeout_s": request.get("timeout_s", 30),
         }
     )
 
@@ -81,9 +81,14 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     """On one rank."""
     described = job(request)
     device = torch.device("cpu")
-    groups = parallel.join(described.layout, device, timeout_s=30)
+    groups = parallel.join(described.layout, device, timeout_s=described.timeout_s)
     trainer = Trainer(
-        described, groups, Patterns(), device=device, session=current(), ahead=request.get("ahead")
+        described,
+        groups,
+        Patterns(described.seq),
+        device=device,
+        session=current(),
+        ahead=request.get("ahead"),
     )
     if request.get("sabotage") == "norm-gradients":
         trainer.optimizer.gradients.groups = parallel.Groups(layout=groups.layout, rank=groups.rank)
@@ -150,7 +155,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if "main" in request:
             return {"ranks": run_gang(world_size, lambda: whole_program(request))}
-        ranks = run_gang(world_size, lambda: train(request))
+        ranks = run_gang(world_size, lambda: train(request), deadline_s=2 * request.get("timeout_s", 30))
     except GangFailed as error:
         return {"error": str(error)}
     first = ranks[0]

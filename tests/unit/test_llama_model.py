@@ -8,6 +8,7 @@ from torch import Tensor
 
 from keepstep.core.footprint import activation_bytes
 from keepstep.core.layout import Coordinates, Layout
+from keepstep.llama.attention import attend
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.initial import initialise
 from keepstep.llama.microbatch import (
@@ -21,7 +22,7 @@ from keepstep.llama.microbatch import (
     spans_of,
     targets_of,
 )
-from keepstep.llama.model import Means, Stage, attend
+from keepstep.llama.model import Means, Stage
 from keepstep.llama.numerics import RECOMPUTATIONS
 from keepstep.llama.shape import ModelShape
 from live_tensors import LiveTensors
@@ -220,7 +221,7 @@ def test_blocks_of_queries_attend_like_all_at_once(monkeypatch: pytest.MonkeyPat
     )
     found = []
     for most in (2**24, 130):  # rows of two or three queries
-        monkeypatch.setattr("keepstep.llama.model.MASK", most)
+        monkeypatch.setattr("keepstep.llama.attention.MASK", most)
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         out = attend(inputs[0], inputs[1], inputs[2], batch)
         found.append((out.detach(), *torch.autograd.grad((out * q).sum(), inputs)))
@@ -235,7 +236,7 @@ def test_no_mask_is_larger_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> No
     )
     most = []
     for bound in (2**24, 2**12):
-        monkeypatch.setattr("keepstep.llama.model.MASK", bound)
+        monkeypatch.setattr("keepstep.llama.attention.MASK", bound)
         with LiveTensors() as live:
             attend(q, k, v, batch).sum().backward()  # type: ignore[no-untyped-call]
         most.append(live.most)
