@@ -9,6 +9,7 @@ import torch
 
 from keepstep.core.footprint import Footprint, footprint, fullest
 from keepstep.core.footprint import _held as under_way
+from keepstep.core.job import LlamaRun
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.job import TrainJob
@@ -18,6 +19,8 @@ from keepstep.llama.schedule import Pipeline
 from keepstep.llama.sharding import Gradients
 from keepstep.llama.trainer import Trainer
 from keepstep.session import current
+from keepstep.spec import load
+from keepstep.spec.memory import rank_memory
 from keepstep.spec.presets import PRESETS
 from live_tensors import LiveTensors
 
@@ -141,6 +144,25 @@ def test_what_is_sharded_more_takes_less() -> None:
     assert totals == sorted(totals, reverse=True)
     assert [one.weights / GB for one in found] == pytest.approx([16.06, 16.06, 2.1], abs=0.05)
     assert [one.gradients / GB for one in found] == pytest.approx([32.1, 2.1, 2.1], abs=0.05)
+
+
+def test_a_spec_foretells_what_its_ranks_hold() -> None:
+    text = """
+        resources: {nodes: 2, gpus_per_node: 8}
+        parallelism: {tp: 2, pp: 2, dp: 4}
+        run:
+          llama:
+            model: 8b
+            batch: {global_tokens: 524288, seq: 8192}
+            numerics: {shard: gradients, recompute: selective}
+        """
+    spec = load(text)
+    assert isinstance(spec.run, LlamaRun)
+    numerics = {"shard": "gradients", "recompute": "selective"}
+    for dp in (4, 2):
+        described = job("8b", {"tp": 2, "pp": 2, "dp": dp}, 8192, 64, numerics=numerics, virtual_dp=4)
+        _, expected = fullest(described.shape, described.layout, described.training(element=2, cuda=True))
+        assert rank_memory(spec.run, described.layout, replicas=4) == expected
 
 
 def test_the_fullest_rank_is_found() -> None:
