@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from keepstep.llama.optimizer import Update
 from keepstep.llama.train import main as main_of_trainer
 from keepstep.llama.trainer import Trainer
 from keepstep.session import current
+from live_tensors import LiveTensors
 from rank_gang import GangFailed, run_gang
 
 SEQ, SEQUENCES = 32, 8
@@ -100,6 +102,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     else:
         initialise(trainer.state, described.shape, seed=0)
     trainer.optimizer.publish()
+    memory = memory_of(trainer) if request.get("memory") else {}
     updates = [trainer.step() for _ in range(trainer.state.step, request.get("stop_at", described.steps))]
     if "stop_at" in request:
         identity = Identity(job="test", attempt=1, layout=described.layout, model=described.shape)
@@ -113,7 +116,15 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         "norms": [update.grad_norm for update in updates],
         "weights": digest,
         "place": str(groups.at.pp) + str(groups.at.tp),
+        **memory,
     }
+
+
+def memory_of(trainer: Trainer) -> dict[str, Any]:
+    """Bytes of tensors that live beside the buffers in a step at most, and what was expected."""
+    with LiveTensors() as live:
+        trainer.step()
+    return {"live": live.most, "expected": asdict(trainer.expected()), "held": asdict(trainer.held())}
 
 
 def digest_of(trainer: Trainer) -> str:
@@ -158,6 +169,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         ranks = run_gang(world_size, lambda: train(request), deadline_s=2 * request.get("timeout_s", 30))
     except GangFailed as error:
         return {"error": str(error)}
+    if request.get("memory"):
+        return {"ranks": ranks}
     first = ranks[0]
     for rank in ranks:
         assert rank["losses"] == first["losses"]

@@ -230,6 +230,32 @@ def test_a_checkpoint_goes_on_however_its_state_is_sharded(gangs: Gangs, tmp_pat
             assert worst == 0.0 if (layout, other) == ("2x2x1", shard) else worst < 1e-5, (layout, other)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("layout", "options", "over"),
+    [
+        ("1x2x1", {}, 0.04),
+        ("1x2x1", {"pipeline": pipeline("gpipe", 2)}, 0.04),
+        ("1x2x1", {"pipeline": pipeline("interleaved", 2)}, 0.04),
+        ("1x2x1x2", {"numerics": {"recompute": "full", "shard": "gradients"}}, 0.05),
+        ("2x1x2", {"numerics": {"recompute": "selective", "shard": "parameters"}}, 0.1),  # gloo's copies
+        ("1x1x2x1", {}, 0.15),  # and masks
+    ],
+)
+def test_a_step_of_each_rank_takes_the_memory_that_was_foretold(
+    gangs: Gangs, layout: str, options: dict[str, Any], over: float
+) -> None:
+    model = {"layers": 4, "dim": 256, "ffn_dim": 768, "vocabulary": 512, "max_seq": 512}
+    batch = {"global_tokens": 8 * 512, "seq": 512}
+    found = gangs.run(layout, memory=True, steps=2, timeout_s=60, model=model, batch=batch, **options)
+    for rank in found["ranks"]:
+        said, held = rank["expected"], rank["held"]
+        for part in ("weights", "gradients", "exchanged", "owned"):
+            assert held[part] == said[part], part
+        beside = said["activations"] + said["edges"] + max(said["working"], said["logits"])
+        assert 0.97 <= rank["live"] / beside <= 1.0 + over, said
+
+
 LONGEST = 131_072
 
 

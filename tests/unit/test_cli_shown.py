@@ -95,7 +95,7 @@ def test_a_job_as_a_row_and_in_short() -> None:
     assert pairs["restarts"] == "1 of 20 used"
     assert pairs["checkpoint"] == "step 50"
     assert pairs["of a rank"] == "at most 61.3 GB: weights 6.1, owned 55.2"
-    assert jobs.TIME_COLUMNS[-1].cell(JOB) == "61.3"
+    assert cells["GB/RANK"] == "61.3"
 
 
 def test_a_job_that_only_waits_has_dashes() -> None:

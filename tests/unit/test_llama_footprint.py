@@ -102,7 +102,7 @@ def test_a_step_takes_beside_its_buffers_what_the_formula_says(recompute: str, p
     )
     torch.nn.init.normal_(trainer.state.master, std=0.02)
     held, found = trainer.held(), trainer.expected()
-    assert replace(found, activations=0, working=0, logits=0) == held
+    assert replace(found, activations=0, edges=0, working=0, logits=0) == held
     with LiveTensors() as live:
         trainer.step()
     assert live.most == pytest.approx(found.activations + max(found.working, found.logits), rel=0.04)
@@ -171,6 +171,13 @@ def test_the_fullest_rank_is_found() -> None:
     assert rank == 0, "it holds most micro-batches"
     assert all(found.total >= taken(one, other).total for other in range(4))
     assert str(found).startswith(f"{found.total / GB:.3g} GB: weights ")
+
+
+def test_a_stage_has_messages_under_way() -> None:
+    """Two a rank of the pipeline that were sent, and two to come, of 8,192 x 4,096 in bf16."""
+    one = job("8b", {"pp": 4}, 8192, 16)
+    assert taken(one).edges == 10 * 8192 * 4096 * 2
+    assert taken(job("8b", {}, 8192, 16)).edges == 0
 
 
 def test_the_last_rank_alone_has_logits() -> None:

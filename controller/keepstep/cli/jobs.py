@@ -62,6 +62,7 @@ COLUMNS = (
     Column("TOKENS/S", lambda job: units.count(_progress(job, "tokens_per_s")), right=True),
     Column("ATTEMPT", lambda job: str((job.get("attempt") or {}).get("number", "-")), right=True),
     Column("RANKS", lambda job: str(job.get("world_size", "-")), right=True),
+    Column("GB/RANK", _gb, right=True),
     Column("AGE", age_of, right=True),
     Column("LAYOUT", layout_of, wide=True),
     Column("POOL", lambda job: str(job.get("pool", "-")), wide=True),
@@ -72,14 +73,13 @@ COLUMNS = (
     Column("REASON", lambda job: str(job.get("waiting_for") or job.get("reason") or ""), wide=True),
 )
 
-# Of the time in steps, and what the rank that takes most may hold.
+# Of the time in steps.
 TIME_COLUMNS = (
     Column("ID", lambda job: str(job["id"])),
     *(
         Column(part.upper(), functools.partial(_share, part), right=True)
         for part in ("data", "forward", "backward", "optimizer", "communication", "bubble")
     ),
-    Column("GB/RANK", _gb, right=True),
 )
 
 

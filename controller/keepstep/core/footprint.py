@@ -13,7 +13,8 @@ with context parallelism keys and values are those of all its ranks. Beside that
 norms' scales, attention's sums.) A micro-batch under way holds the stage's result, too.
 
 Beside them stands the largest of what comes and goes: of a layer's backward pass, of the logits. Not counted:
-the device's context, NCCL's buffers, libraries' workspaces.
+the device's context, NCCL's buffers, libraries' workspaces; on CPU, copies that gloo needs, and the masks of
+context parallel ranks.
 """
 
 import itertools
@@ -68,6 +69,7 @@ class Footprint:
     exchanged: int  # fp32: their sums of the owned ranges, and what of others' is not added yet
     owned: int  # fp32 master weights and both moments of the owned ranges
     activations: int  # of all micro-batches that are under way at the same time
+    edges: int  # activations and gradients on their way between stages
     working: int  # gradients of activations within one layer, and what it makes again
     logits: int  # of one chunk, their exponentials and gradients
 
@@ -110,6 +112,7 @@ def footprint(shape: Shape, layout: Layout, rank: int, of: Training) -> Footprin
         exchanged=4 * exchanged,
         owned=3 * 4 * length // ranks,
         activations=round(sum(layer * layers[chunk] + result for chunk in passes)),
+        edges=(2 * layout.pp + 2) * result if layout.pp > 1 else 0,  # sent: see pipeline.Runner; to come: 2
         working=round(_working(shape, tokens, of, layout, first=at.pp == 0)),
         logits=_logits(rows, columns, shape.dim, of.element),
     )

@@ -99,9 +99,10 @@ class Gradients:
         self.segment = torch.empty(index.largest // index.cp if index.cp > 1 else 0, device=device)
         # The whole gradient of the only replica is its own sum.
         self._alone = index.replicas == 1 and not state.gradients_sharded
-        self.owned = torch.empty(index.shard, device=device)
         if self._alone:
             self.owned = self.segment if index.cp > 1 else state.grads
+        else:
+            self.owned = torch.empty(index.shard, device=device)
         self._begun: set[int] = set()
         self._gate: Callable[[], None] = lambda: None
         self._seen = torch.zeros((), device=device)
@@ -163,14 +164,12 @@ class Gradients:
 
 def _add(owned: Tensor, blocks: Tensor, *, first: bool) -> None:
     """One block after the other, in their order."""
-    rest = blocks
     if first and len(blocks) == 1:
         owned.copy_(blocks[0])
         return
     if first:
         torch.add(blocks[0], blocks[1], out=owned)
-        rest = blocks[2:]
-    for block in rest:
+    for block in blocks[2 * first :]:
         owned.add_(block)
 
 

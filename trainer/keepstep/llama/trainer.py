@@ -184,7 +184,7 @@ class Trainer:
             peak_bytes = torch.cuda.max_memory_allocated() - owned - weights - grads - exchanged
         return Footprint(
             owned=owned, weights=weights, gradients=grads, exchanged=exchanged,
-            activations=max(0, peak_bytes), working=0, logits=0,
+            activations=max(0, peak_bytes), edges=0, working=0, logits=0,
         )  # fmt: skip
 
     def expected(self) -> Footprint:
