@@ -247,7 +247,7 @@ def test_a_step_of_each_rank_takes_the_memory_that_was_foretold(
 ) -> None:
     model = {"layers": 4, "dim": 256, "ffn_dim": 768, "vocabulary": 512, "max_seq": 512}
     batch = {"global_tokens": 8 * 512, "seq": 512}
-    found = gangs.run(layout, memory=True, steps=2, timeout_s=60, model=model, batch=batch, **options)
+    found = gangs.run(layout, memory=True, steps=2, timeout_s=120, model=model, batch=batch, **options)
     for rank in found["ranks"]:
         said, held = rank["expected"], rank["held"]
         for part in ("weights", "gradients", "exchanged", "owned"):
