@@ -15,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import keepstep.llama.preload  # noqa: F401
 from keepstep.core.checkpoints import Point
 from keepstep.core.ids import Attempt, Step
 from keepstep.llama import parallel
 from keepstep.llama.checkpoint import Identity, Saver, load
-from keepstep.llama.data import Batch
+from keepstep.llama.data import Batch, Corpus
+from keepstep.llama.evaluation import Evaluator
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import TrainJob
 from keepstep.llama.optimizer import Update
+from keepstep.llama.tokenizer import Tokens
 from keepstep.llama.train import main as main_of_trainer
 from keepstep.llama.trainer import Trainer
 from keepstep.session import current
@@ -38,11 +41,11 @@ MODEL = {"layers": 4, "dim": 64, "ffn_dim": 96, "heads": 8, "kv_heads": 4, "voca
 class Patterns:
     """Sequences of a few documents each, made from (step, number) alone; there is something to learn."""
 
-    def __init__(self, seq: int) -> None:
-        self._seq = seq
+    def __init__(self, described: TrainJob) -> None:
+        self._job = described
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
-        seq = self._seq
+        seq = self._job.at(step).seq
         tokens = np.empty((stop - start, seq + 1), np.int64)
         documents = np.zeros((stop - start, seq), np.int32)
         positions = np.empty((stop - start, seq), np.int64)
@@ -54,6 +57,33 @@ class Patterns:
             starts = np.flatnonzero(np.diff(documents[row], prepend=-1))
             positions[row] = np.arange(seq) - np.repeat(starts, np.diff(starts, append=seq))
         return Batch(tokens, documents, positions)
+
+
+class Counting:
+    """A text of documents that count, each from another number in steps of its own."""
+
+    digest, bad, bos, eos, vocabulary = "", 0, 64, 65, 66
+    hashes: NDArray[np.uint64] | None = None
+
+    def __init__(self, source: str, documents: int, stride: int) -> None:
+        self.source, self._stride = source, stride
+        self.lengths = np.arange(documents) * 5 % 37 + 3
+
+    def read(self, document: int, start: int, stop: int) -> Tokens:
+        return (document + self._stride * np.arange(start, stop)) % 64
+
+
+def evaluation(trainer: Trainer) -> dict[str, float]:
+    """By source, over 7 sequences at most; that it leaves gradients alone is looked at, too."""
+    texts = [Counting("a", 40, 1), Counting("b", 9, 3)]
+    text = Corpus(texts, source="", seed=1, seq=SEQ, sequences_per_step=1, weights={"a": 3, "b": 1})
+    assert [min(7, stream.samples_per_epoch) for stream in text.streams] == [7, 5]
+    trainer.state.grads.fill_(math.nan)
+    found = Evaluator(trainer, text, sequences=7).evaluate()
+    assert bool(trainer.state.grads.isnan().all())
+    assert found.step == trainer.state.step
+    assert found.loss == 0.75 * found.by_source["a"] + 0.25 * found.by_source["b"]
+    return dict(found.by_source)
 
 
 def sizes(request: dict[str, Any]) -> dict[str, int]:
@@ -72,7 +102,12 @@ def job(request: dict[str, Any]) -> TrainJob:
             "virtual_dp": request.get("replicas"),
             "model": {**MODEL, **request.get("model", {})},
             "steps": request["steps"],
-            "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ, **request.get("batch", {})},
+            "batch": {
+                "global_tokens": SEQ * SEQUENCES,
+                "seq": SEQ,
+                "stages": request.get("stages"),
+                **request.get("batch", {}),
+            },
             "optimizer": {"lr": 3e-3, "warmup_steps": 3},
             "timeout_s": request.get("timeout_s", 30),
         }
@@ -87,7 +122,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(
         described,
         groups,
-        Patterns(described.seq),
+        Patterns(described),
         device=device,
         session=current(),
         ahead=request.get("ahead"),
@@ -104,6 +139,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     trainer.optimizer.publish()
     memory = memory_of(trainer) if request.get("memory") else {}
     updates = [trainer.step() for _ in range(trainer.state.step, request.get("stop_at", described.steps))]
+    validation = evaluation(trainer)
     if "stop_at" in request:
         identity = Identity(job="test", attempt=1, layout=described.layout, model=described.shape)
         saver = Saver(folder, trainer.state, identity, group=beside, session=current())
@@ -114,6 +150,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": [update.loss for update in updates],
         "norms": [update.grad_norm for update in updates],
+        "validation": validation,
         "weights": digest,
         "place": str(groups.at.pp) + str(groups.at.tp),
         **memory,
@@ -157,7 +194,9 @@ def whole_program(request: dict[str, Any]) -> dict[str, Any]:
     out, errors, before = io.StringIO(), io.StringIO(), set(sys.modules)
     with redirect_stdout(out), redirect_stderr(errors):
         code = main_of_trainer()
-    imported = sorted(set(sys.modules) - before)
+    # Neither a rank nor its standby should have these: they take as long to import as half of torch.
+    heavy = {"sympy", "torch._dynamo", "torch.distributed.checkpoint"} & set(sys.modules)
+    imported = sorted(set(sys.modules) - before | heavy)
     return {"code": code, "out": out.getvalue(), "errors": errors.getvalue(), "imported": imported}
 
 
@@ -175,11 +214,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for rank in ranks:
         assert rank["losses"] == first["losses"]
         assert rank["norms"] == first["norms"]
+        assert rank["validation"] == first["validation"]
     weights: dict[str, str] = {}
     for rank in ranks:  # replicas must agree
         if weights.setdefault(rank["place"], rank["weights"]) != rank["weights"]:
             return {"error": f"replicas of {rank['place']} differ"}
-    return {"losses": first["losses"], "norms": first["norms"], "weights": weights}
+    told = {name: first[name] for name in ("losses", "norms", "validation")}
+    return {**told, "weights": weights}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from keepstep.core.clock import ManualClock
 from keepstep.core.errors import InputError, NotFound, Refused, Unauthorized
 from keepstep.core.ids import Attempt, Node, Step
 from keepstep.store import Store, Writer, this_process
-from keepstep.store.rows import CurvePoint, Job, NewEvent
+from keepstep.store.rows import CurvePoint, Evaluation, Job, NewEvent
 
 
 @pytest.fixture
@@ -220,6 +220,24 @@ def test_points_are_added_once(store: Store) -> None:
     assert [(p.step, p.loss) for p in curve] == [(1, 2.5), (2, None), (3, 2.0)]
     assert curve[0].mfu is None
     assert store.newest_step(job.id) == 3
+
+
+def test_evaluations_are_added_once_and_read_from_the_newest(store: Store) -> None:
+    job = add_job(store)
+
+    def found(step: int, at: float, **losses: float) -> list[Evaluation]:
+        return [
+            Evaluation(attempt=Attempt(1), step=Step(step), source=source, at=at, loss=loss)
+            for source, loss in {"": 2.0, **losses}.items()
+        ]
+
+    with store.transaction() as write:
+        write.add_evaluations(job.id, found(10, 1.0, code=1.5, web=2.5))
+        write.add_evaluations(job.id, found(20, 2.0, code=math.nan))
+        write.add_evaluations(job.id, found(10, 3.0, code=9.9))  # told again by an agent that started anew
+    told = [(e.step, e.source, e.loss) for e in store.evaluations(job.id)]
+    assert told == [(20, "", 2.0), (20, "code", None), (10, "", 2.0), (10, "code", 1.5), (10, "web", 2.5)]
+    assert len(store.evaluations(job.id, limit=2)) == 2
 
 
 def test_a_page_of_points_never_ends_inside_a_step(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""Long and new is not hung: one rank works alone for far longer than any step, the others wait for it."""
+"""Evaluations: a script's, long and new, is not hung; the built-in trainer's is the same with kills."""
 
 import os
 import sys
@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster
+from keepstep.cli.jobs import summary
+from keepstep.core.beacon import Phase
+from specs import TINY
 
 SCRIPT = Path(__file__).parent / "scripts" / "evaluating.py"
 EVALUATION_S = os.environ.get("KEEPSTEP_TEST_EVALUATION_S", "20")  # 400 steps; by hand also 120
@@ -29,3 +32,32 @@ run:
     assert told["state"] == "succeeded", cluster.story(job)
     assert told["attempt"]["number"] == 1, cluster.story(job)
     assert cluster.incidents(job) == []
+
+
+EVALUATED = TINY.replace(
+    "data: {source: stdlib}",
+    "data: {source: stdlib, holdout: 0.1}\n    evaluation: {every_steps: 15, sequences: 64}",
+).replace("pp: 1", "pp: 2").replace("dp: 2", "dp: 1")  # fmt: skip
+
+
+@pytest.mark.long
+def test_a_rank_killed_while_it_evaluates(start: Callable[..., Cluster]) -> None:
+    """Losses and evaluations are those of a job that was left alone, and `status` shows them."""
+    cluster = start(nodes=2, slots=2)
+    alone, disturbed = cluster.submit(EVALUATED), cluster.submit(EVALUATED)
+
+    def evaluations(job: str) -> dict[int, float]:
+        found = cluster.client.get(f"/jobs/{job}/evaluations")["evaluations"]
+        return {each["step"]: each["loss"] for each in found if each["source"] == ""}
+
+    cluster.wait_step(disturbed, 3)
+    assert cluster.kill_in_phase(disturbed, 2, Phase.EVALUATION, after_step=15) >= 15
+    told = cluster.wait_state(disturbed, "succeeded")
+    cluster.wait_state(alone, "succeeded")
+    assert told["attempt"]["number"] == 2, cluster.story(disturbed)
+    assert sorted(evaluations(alone)) == [15, 30, 45, 60]
+    assert evaluations(disturbed) == evaluations(alone)
+    assert cluster.losses(disturbed) == cluster.losses(alone)
+    newest = {"step": 60, "loss": evaluations(alone)[60]}
+    assert told["progress"]["validation"] == newest | {"by_source": {"stdlib": newest["loss"]}}
+    assert f"loss {newest['loss']:.3f} at step 60" in dict(summary(told))["validation"]

@@ -201,17 +201,20 @@ def test_an_agents_death_leaves_snapshots_where_they_are(start: Start, undisturb
 SCRIPT = """
 name: kept
 resources: {{nodes: 2, gpus_per_node: 1}}
-run: {{command: [{python}, kept.py, "40", "{kill_at}"], workdir: {folder}, ship: none}}
+run: {{command: [{python}, {script}, "40", "{kill_at}"], workdir: {folder}, ship: none}}
 checkpoint: {{snapshot_every: 1 step}}
 """
 
 
-def test_a_script_goes_on_from_memory_alone(start: Start) -> None:
+@pytest.mark.parametrize("script", ["kept.py", pytest.param("kept_sharded.py", marks=pytest.mark.long)])
+def test_a_script_goes_on_from_memory_alone(start: Start, script: str) -> None:
     cluster = start(nodes=2, slots=1)
     folder = Path(__file__).parent / "scripts"
     said = []
     for kill_at in (0, 25):
-        job = cluster.submit(SCRIPT.format(python=sys.executable, folder=folder, kill_at=kill_at))
+        job = cluster.submit(
+            SCRIPT.format(python=sys.executable, script=script, folder=folder, kill_at=kill_at)
+        )
         cluster.wait_state(job, "succeeded")
         logs = (path.read_text() for path in cluster.home.nodes.glob(f"*/jobs/{job}/*/rank-0.log"))
         said += [line for log in logs for line in log.splitlines() if line.startswith("started at")]
@@ -240,7 +243,9 @@ def test_a_node_that_is_drained_leaves_what_only_it_has_in_storage(start: Start,
 def test_a_suspended_script_comes_back_from_what_was_stored_of_its_memory(start: Start) -> None:
     cluster = start(nodes=2, slots=1)
     folder = Path(__file__).parent / "scripts"
-    spec = SCRIPT.format(python=sys.executable, folder=folder, kill_at=0).replace('"40"', '"100000"')
+    spec = SCRIPT.format(python=sys.executable, script="kept.py", folder=folder, kill_at=0).replace(
+        '"40"', '"100000"'
+    )
     job = cluster.submit(spec, f"checkpoint.dir={cluster.home.path}/stored")
     cluster.wait_step(job, 20)
     cluster.client.post(f"/jobs/{job}/suspend", {"reason": "test"})

@@ -4,6 +4,7 @@ import json
 import logging
 import mmap
 import os
+import pickle
 import random
 import resource
 import signal
@@ -33,7 +34,8 @@ from keepstep.core.checkpoints import (
 from keepstep.core.errors import InputError
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
-from keepstep.llama.checkpoint import CorruptCheckpoint, Identity, Saver, load, verify
+from keepstep.llama.checkpoint import CorruptCheckpoint, Identity, Saver, dcp, load, verify
+from keepstep.llama.checkpoint.restore import fill
 from keepstep.llama.checkpoint.storage import KINDS
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.shape import ModelShape
@@ -181,12 +183,37 @@ def test_owned_ranges_that_cut_through_rows_come_back(tmp_path: Path) -> None:
 
 
 def test_torch_reads_the_folder_without_keepstep(saved: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load  # drags half of torch in
+
     name, size = "layers.1.attention.wo.weight", (SHAPE.dim, SHAPE.dim)
     wanted = {f"{kind}.{name}": torch.zeros(size) for kind in KINDS}
     with pytest.warns(UserWarning, match="single process"):
-        dist.checkpoint.load(wanted, checkpoint_id=saved / folder_name(at(20)))  # type: ignore[attr-defined]
+        load(wanted, checkpoint_id=saved / folder_name(at(20)))
     for kind in KINDS:
         assert torch.equal(wanted[f"{kind}.{name}"], whole(kind, name, size, 20))
+
+
+def test_what_torchs_own_writer_wrote_is_read(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import save as save_by_torch
+
+    save_here(tmp_path, 5)
+    folder = tmp_path / folder_name(at(5))
+    for path in folder.iterdir():
+        if path.name != MANIFEST:
+            path.unlink()
+    names = {p.name: p.global_shape for p in state_of(Layout(), 0).index.parameters}
+    tensors = {f"{kind}.{name}": whole(kind, name, size, 5) for kind in KINDS for name, size in names.items()}
+    with pytest.warns(UserWarning, match="single process"):
+        save_by_torch(tensors, checkpoint_id=folder)
+    state = state_of(Layout(dp=2), 1)
+    fill(folder, state)
+    assert torch.equal(state.state, expected(state.index, 1, 5))
+
+
+def test_metadata_that_asks_for_anything_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / dcp.METADATA).write_bytes(pickle.dumps(print))
+    with pytest.raises(InputError, match=r"it asks for builtins\.print"):
+        dcp.read(tmp_path)
 
 
 def test_manifest_says_what_was_saved(saved: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from keepstep.agent.evaluations import Evaluations
+
 TESTS = Path(__file__).parents[1]
 STEPS = 8  # it learns in these, and a rule left out is seen
 LONG = 20  # of the layouts that the long suite adds
@@ -137,6 +139,9 @@ def test_every_layout_trains_like_one_process(
     assert found["losses"][-1] < found["losses"][0] - 0.3, "it must learn, or equality shows nothing"
     assert distance(found, alone, "losses") < 1e-5
     assert distance(found, alone, "norms") < 1e-4
+    for source, loss in alone["validation"].items():
+        assert abs(found["validation"][source] - loss) < 1e-5
+    assert len({round(loss, 3) for loss in alone["validation"].values()}) == 2, "sources differ"
 
 
 @pytest.mark.parametrize("layout", ["1x1x1", pytest.param("2x2x1x2", marks=pytest.mark.long)])
@@ -176,6 +181,12 @@ def test_fewer_replicas_give_the_bits_of_the_number_asked_for(
     whole = few(asked)
     for layout in left:
         assert same(gangs.run(layout, steps=FEW, replicas=int(asked[0])), whole), layout
+
+
+STAGES = [
+    {"after_steps": 2, "global_tokens": 512, "seq": 64, "micro_batch": 1},
+    {"after_steps": 4, "global_tokens": 512, "seq": 32, "micro_batch": 2},
+]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +286,7 @@ def test_a_context_of_131072_tokens_is_the_same_over_four_ranks(gangs: Gangs) ->
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ("2x2x2", {}),
+        ("2x2x2", {"stages": STAGES}),
         ("1x2x2x1", {"pipeline": pipeline("interleaved", 2)}),
         pytest.param("2x2x1", {"pipeline": pipeline("gpipe", 3)}, marks=pytest.mark.long),
     ],
@@ -286,17 +297,20 @@ def test_a_checkpoint_of_one_layout_goes_on_in_others(
     folder = str(tmp_path / "job")
     whole = gangs.run(layout, steps=6, **options)
     gangs.run(layout, steps=6, stop_at=3, checkpoint=folder, **options)
+    stages = {name: value for name, value in options.items() if name == "stages"}
     others: list[tuple[str, dict[str, Any]]] = [
         ("1x1x1", {}),
         ("4x1x2", {}),
         ("2x1x2x1", {}),
         ("1x2x1", {"pipeline": pipeline("interleaved", 3)}),
     ]
-    for other, changed in [(layout, options), *others]:
+    for other, changed in [(layout, options), *((other, stages | more) for other, more in others)]:
         rest = gangs.run(other, steps=6, restore=3, checkpoint=folder, replicas=0, **changed)
         assert len(rest["losses"]) == 3
         worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][3:], strict=True))
         assert worst == 0.0 if other == layout else worst < 1e-5, other
+        if other == layout:
+            assert rest["validation"] == whole["validation"]
 
 
 MODEL = {"layers": 2, "dim": 32, "ffn_dim": 64, "heads": 4, "kv_heads": 2, "vocabulary": 260, "max_seq": 64}
@@ -306,7 +320,7 @@ def write_job(folder: Path, sizes: str, **changes: Any) -> None:
     """job.json as an agent writes it, of a small model on a text of its own."""
     dp, pp, tp = (int(n) for n in sizes.split("x"))
     text = folder / "text.txt"
-    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(400)))
+    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n\n" for n in range(400)))
     job = {
         "job": "beer-x2y3", "attempt": 1, "layout": {"dp": dp, "pp": pp, "cp": 1, "tp": tp}, "virtual_dp": dp,
         "model": MODEL, "data": {"source": "text", "path": str(text), "seed": 5}, "steps": 6,
@@ -336,24 +350,35 @@ def test_the_program_trains_and_reports_from_one_rank(gangs: Gangs, tmp_path: Pa
     assert [re.fullmatch(expected, line)[1] for line in lines] == list("123456")  # type: ignore[index]
     assert complete(tmp_path) == ["step-00000004-attempt-0001", "step-00000006-attempt-0001"]
     assert {name for rank in ranks for name in rank["imported"]} == set(), (
-        "a standby has them: see preload.py"
+        "a standby has them, or should nobody: see preload.py"
     )
 
 
 def test_told_to_stop_all_ranks_save_the_same_step_and_the_job_goes_on_from_it(
     gangs: Gangs, tmp_path: Path
 ) -> None:
-    write_job(tmp_path, "1x2x2")
+    """What it evaluates, too: the evaluation after the step that was restored is made again."""
+    evaluated: dict[str, Any] = {
+        "evaluation": {"every_steps": 4, "sequences": 6, "data": None}, "restore": None,
+        "data": {"source": "text", "path": str(tmp_path / "text.txt"), "holdout": 0.2},
+    }  # fmt: skip
+    staged = {"after_steps": 1, "global_tokens": 256, "seq": 64, "micro_batch": 2}
+    evaluated["batch"] = {"global_tokens": 128, "seq": 32, "stages": [staged]}
+    write_job(tmp_path, "1x2x2", **evaluated)
     whole = programs(gangs, tmp_path, "1x2x2")[2]["out"].splitlines()
+    told = Evaluations(tmp_path)
+    assert [found["step"] for found in told.news()] == [4, 6] and told.news() == []
+    assert [line.split()[2:4] for line in whole if " grad " not in line] == [["validation", "loss"]] * 2
     (tmp_path / "stopped").mkdir()
-    write_job(tmp_path / "stopped", "1x2x2")
+    write_job(tmp_path / "stopped", "1x2x2", **evaluated)
     ranks = programs(gangs, tmp_path / "stopped", "1x2x2", term_rank=1, term_step=2)
     assert [rank["code"] for rank in ranks] == [143] * 4, ranks
     (saved,) = complete(tmp_path / "stopped")
     step = int(saved[5:13])
     assert step == 4, "the signal comes in step 3, after its rank had nothing to ask"
     write_job(
-        tmp_path / "stopped", "1x2x2", attempt=2, restore={"attempt": 1, "step": step},
+        tmp_path / "stopped", "1x2x2",
+        **evaluated | {"attempt": 2, "restore": {"attempt": 1, "step": step}},
         lineage=[[1, None, None], [2, 1, step]],
     )  # fmt: skip
     rest = programs(gangs, tmp_path / "stopped", "1x2x2")[2]["out"].splitlines()

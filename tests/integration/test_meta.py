@@ -1,6 +1,7 @@
 """Meta's format in: computed as Meta computes it, read in any layout, verified."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from keepstep.core.errors import InputError
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import FlatIndex, FlatState, tp_dim
 from keepstep.llama.generation import Decoder
-from keepstep.llama.shape import ModelShape
+from keepstep.llama.shape import ModelShape, RopeScaling
 from keepstep.llama.weights import config_of, hugging_face_name, init_from
 from keepstep.llama.weights.__main__ import main
 from keepstep.llama.weights.sources import open_source
@@ -118,9 +119,18 @@ def test_every_rank_reads_its_own_whatever_the_files(tmp_path: Path, layout: Lay
         assert torch.equal(state.master, flat[owned.start : owned.stop])
 
 
+def test_scaled_rotary_positions_are_those_of_the_published_code(tmp_path: Path) -> None:
+    scaled = open_source(write(tmp_path, 1, use_scaled_rope=True, rope_scaling_factor=8)).shape
+    expected = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    assert scaled == replace(SHAPE, max_seq=131_072, rope_scaling=expected)
+
+
 def test_what_is_not_whole_is_told(tmp_path: Path) -> None:
     for changed, message in (
-        ({"use_scaled_rope": True}, "scaled"), ({"n_kv_heads": 4}, r"wk\.weight has shape \[12, 24\]"),
+        ({"use_scaled_rope": True}, "no rope_scaling_factor"),
+        ({"n_kv_heads": 4}, r"wk\.weight has shape \[12, 24\]"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             Decoder(

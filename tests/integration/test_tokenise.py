@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 import vocabularies
 from keepstep.core.errors import InputError, KeepstepError, Refused
@@ -229,6 +231,38 @@ def store(tmp_path: Path, words: list[str]) -> Path:
 def corpus(store: Path, **changed: Any) -> Corpus:
     settings = {"seed": 3, "seq": 32, "sequences_per_step": 8, "weights": {"web": 3, "books": 1}}
     return Corpus.open("tokens", store, **{**settings, **changed})
+
+
+def test_documents_of_a_store_are_held_out_by_their_content(store: Path) -> None:
+    held = corpus(store, holdout=0.5).held
+    assert {text.source for text in held} == {"web", "books"}
+    for text in held:
+        assert text.hashes is not None and 0 < len(text.hashes) == len(text.lengths)
+        hashes = [
+            xxhash.xxh3_64_intdigest(text.read(k, 0, int(n)).astype("<u2").data)
+            for k, n in enumerate(text.lengths)
+        ]
+        assert hashes == text.hashes.tolist() and max(hashes) < 1 << 63
+
+
+def test_a_store_without_hashes_is_read_but_nothing_is_held_out(store: Path) -> None:
+    """One that an older version made: its shards' tails are shorter."""
+    manifest = Manifest.read(store)
+    for name, of in manifest.sources.items():
+        whole = TokenSource(store, manifest, name)
+        older = []
+        for shard in of:
+            path = store / shard.file
+            path.write_bytes(path.read_bytes()[: -8 * shard.documents])
+            blocks = -(-shard.tokens * manifest.dtype.itemsize >> 20)
+            tail = path.read_bytes()[-8 * (shard.documents + blocks) :]
+            older.append(replace(shard, hashed=False, tail=xxhash.xxh3_64_hexdigest(tail)))
+        manifest = replace(manifest, sources={**manifest.sources, name: tuple(older)})
+        manifest.write(store)
+        again = TokenSource(store, Manifest.read(store), name)
+        assert again.read(0, 0, 9).tolist() == whole.read(0, 0, 9).tolist()
+    with pytest.raises(InputError, match="kept no hashes"):
+        corpus(store, holdout=0.5)
 
 
 def flipped(path: Path, at: int) -> None:

@@ -29,6 +29,10 @@ from keepstep.session import Session
 SHAPE = ModelShape(
     layers=4, dim=24, ffn_dim=40, heads=4, kv_heads=2, vocabulary=260, max_seq=64, rope_theta=1e5
 )
+SCALING = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 
 
 def state_of(layout: Layout, rank: int, shape: ModelShape = SHAPE) -> FlatState:
@@ -155,7 +159,8 @@ def test_a_checkpoint_without_its_moments_is_a_start_too(checkpoint: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e5}}, r"scaled \(llama3\)"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e5}}, "has no 'factor'"),
+        ({"rope_parameters": {"rope_theta": 1e5, **SCALING}}, "rope_scaling is RopeScaling.*and None here"),
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, r"scaled \(linear\)"),
         ({"attention_bias": True}, "biases"),
         ({"model_type": "qwen3"}, "qwen3"),

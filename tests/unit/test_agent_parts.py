@@ -219,7 +219,7 @@ def test_every_run_that_the_spec_can_say_is_read(tmp_path: Path) -> None:
     assert document["virtual_dp"] == 2 and document["layout"]["dp"] == 1
     assert document["restore"] == {"attempt": 1, "step": 60}
     assert document["lineage"] == [[1, 0, 0], [2, 1, 60]]
-    assert document["batch"] == {"global_tokens": 512, "seq": 64, "micro_batch": 1}
+    assert document["batch"] == {"global_tokens": 512, "seq": 64, "micro_batch": 1, "stages": []}
     json.dumps(document, allow_nan=False)
     with pytest.raises(InputError, match="dance"):
         read_run({"kind": "dance"})

@@ -4,16 +4,17 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from keepstep.core.errors import InputError
-from keepstep.llama.data import Batch, Corpus, open_documents
-from keepstep.llama.data.packing import Epoch, permutation
+from keepstep.llama.data import Batch, Corpus, Cut, open_documents
+from keepstep.llama.data.packing import Course, Epoch, permutation
 from keepstep.llama.tokenizer import ByteTokenizer, Tokens
 
 TOKENIZER = ByteTokenizer()
@@ -59,6 +60,39 @@ def rows(*batches: Batch) -> list[tuple[int, ...]]:
     return [tuple(row) for batch in batches for row in batch.tokens.tolist()]
 
 
+def test_what_is_held_out_follows_from_each_document_alone(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(200):
+        (texts / f"{number:03}.txt").write_text(f"document {number % 150} " * (3 + number % 5 * (number < 0)))
+
+    def sides(holdout: float, seed: int = 0) -> tuple[set[bytes], set[bytes]]:
+        chosen = Corpus.open("text", texts, seed=seed, seq=8, sequences_per_step=1, holdout=holdout)
+        both: list[set[bytes]] = []
+        for part in (chosen, chosen.of_held()):
+            text = part.streams[0].text
+            whole = [text.read(k, 0, int(n)) for k, n in enumerate(text.lengths)]
+            both.append({bytes(tokens.tolist()) for tokens in whole})
+        return both[0], both[1]
+
+    trained, held = sides(0.1)
+    assert len(trained) + len(held) == 150 and 5 < len(held) < 30, "copies are on one side"
+    assert sides(0.1, seed=7) == (trained, held)
+    assert held < sides(0.3)[1]
+    (texts / "999.txt").write_text("one more")
+    assert sides(0.1)[1] - {b"one more"} == held
+    with pytest.raises(InputError, match="is nothing"):
+        sides(1e-9)
+
+
+def test_a_checkpoint_of_text_with_another_holdout_is_refused(texts: Path) -> None:
+    made = [
+        Corpus.open("text", texts, seed=0, seq=8, sequences_per_step=1, holdout=share) for share in (0, 0.3)
+    ]
+    with pytest.raises(InputError, match="other data: digest"):
+        made[1].check(made[0].position(3))
+
+
 def test_shapes_and_types(texts: Path) -> None:
     batch = corpus(texts).sequences(0, 1, 4)
     assert batch.tokens.shape == (3, 17) and batch.tokens.dtype == np.int64
@@ -88,7 +122,8 @@ def test_documents_and_positions_follow_the_tokens(texts: Path) -> None:
 def test_an_epoch_predicts_every_token_once(texts: Path) -> None:
     """Put back in the order of the stream, targets are the whole stream but for its first token and tail."""
     chosen = corpus(texts, seq=16)
-    epoch = chosen.streams[0].epoch(0)
+    source = chosen.streams[0]
+    epoch = source.epoch(source.course.place(0)[0])
     batch = chosen.samples(0, chosen.samples_per_epoch)
     order = np.argsort(epoch.sequences)
     stream = [BOS]
@@ -123,6 +158,60 @@ def test_pieces_cover_the_stream(lengths: list[int], seq: int, seed: int) -> Non
         used.update(tokens[1:])
     assert all(count == 1 for count in used.values())
     assert len(used) == (sum(lengths) - 1) // seq * seq
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40),
+    stages=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 33)), max_size=4),
+    last=st.integers(1, 33),
+    seed=st.integers(0, 2**64),
+)
+def test_stages_use_every_token_of_an_epoch_once_at_most(
+    lengths: list[int], stages: list[tuple[int, int]], last: int, seed: int
+) -> None:
+    """And all of it but what is too short for a sequence, at each stage's end and at the epoch's."""
+    table = np.array(lengths, dtype=np.int64)
+    tokens = int(table.sum())
+    assume(all(seq < tokens for seq in (last, *(seq for _, seq in stages))))
+    course = Course(tokens, [*stages, (None, last)])
+    samples = sum(count for count, _ in stages) + 2 * (tokens // last)
+    used: dict[int, Counter[tuple[int, int]]] = {}
+    for sample in range(samples):
+        part, sequence = course.place(sample)
+        pieces = Epoch(table, seed=seed, **asdict(part)).pieces(sequence)
+        targets = [(piece.document, k) for piece in pieces for k in range(piece.start, piece.stop)][1:]
+        used.setdefault(part.epoch, Counter()).update(targets)
+        stage = next((k for k, n in enumerate(np.cumsum([n for n, _ in stages])) if sample < n), len(stages))
+        assert len(targets) == part.seq == [*(seq for _, seq in stages), last][stage]
+    assert all(count == 1 for epoch in used.values() for count in epoch.values())
+    assert sorted(used) == list(range(len(used)))
+    for epoch in list(used)[:-1]:
+        assert len(used[epoch]) >= tokens - 1 - max(last, *(seq for _, seq in stages), 0)
+
+
+def test_later_stages_count_on_and_a_restart_finds_them(texts: Path) -> None:
+    def staged(after: int = 3, sequences: int = 2) -> Corpus:
+        stages = [
+            Cut(after_steps=after, seq=32, sequences=sequences),
+            Cut(after_steps=8, seq=32, sequences=3),
+        ]
+        return Corpus.open("text", texts, seed=1, seq=16, sequences_per_step=4, stages=stages)
+
+    whole = staged()
+    shapes = [whole.sequences(step, 0, whole.cut(step).sequences).tokens.shape for step in range(10)]
+    assert shapes == 3 * [(4, 17)] + 5 * [(2, 33)] + 2 * [(3, 33)]
+    assert whole.position(3)["samples"] == 12 and whole.position(9)["samples"] == 12 + 10 + 3
+    assert rows(whole.sequences(8, 0, 3)) == rows(*(staged().sequences(8, k, k + 1) for k in range(3)))
+    plain = corpus(texts, seed=1)
+    assert rows(whole.sequences(0, 0, 4)) != rows(plain.sequences(0, 0, 4)), "a stage that ends has a part"
+    staged(sequences=2).check(whole.position(9))
+    staged(sequences=1).check(whole.position(2))  # a stage that has not begun may change
+    for other in (staged(sequences=1), plain):
+        with pytest.raises(InputError, match="other data"):
+            other.check(whole.position(9))
+    with pytest.raises(InputError, match="end of the present stage 3 there, 4 here"):
+        staged(after=4).check(whole.position(2))
 
 
 def test_every_sample_once_over_restarts_and_layout_changes(texts: Path) -> None:

@@ -35,7 +35,10 @@ def theirs() -> Any:
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=2, vocab_size=260, max_position_embeddings=96, tie_word_embeddings=False,
-        initializer_range=0.35, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        initializer_range=0.35, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 64.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 96,
+        },  # of the two waves one is kept, one is interpolated
         bos_token_id=256, eos_token_id=257, pad_token_id=258,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

@@ -1,6 +1,7 @@
 """One process: the model is Hugging Face's Llama to rounding, and packing documents changes nothing."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ from keepstep.llama.microbatch import (
     Share,
     Window,
     cut_window,
+    frequencies,
     micro_batches,
     spans_of,
     targets_of,
 )
 from keepstep.llama.model import Means, Stage
 from keepstep.llama.numerics import RECOMPUTATIONS
-from keepstep.llama.shape import ModelShape
+from keepstep.llama.shape import ModelShape, RopeScaling
+from keepstep.llama.weights import config_of, shape_of
 from live_tensors import LiveTensors
 
 SHAPE = ModelShape(layers=2, dim=64, ffn_dim=96, heads=4, kv_heads=2, vocabulary=68, max_seq=64)
@@ -113,6 +116,42 @@ def test_logits_loss_and_gradients_are_those_of_hugging_face(hugging_face) -> No
     for parameter in state.index.parameters:
         expected = gradients[theirs(parameter.name)].grad
         torch.testing.assert_close(state.grad(parameter.name), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("theta", "scaling", "kept"),
+    [
+        (
+            5e5,
+            RopeScaling(
+                factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+            ),
+            29,
+        ),
+        (
+            1e4,
+            RopeScaling(
+                factor=32.0, low_freq_factor=2.0, high_freq_factor=3.0, original_max_position_embeddings=64
+            ),
+            9,
+        ),
+    ],
+)
+def test_scaled_rotary_frequencies_are_those_of_transformers(
+    theta: float, scaling: RopeScaling, kept: int
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    shape = replace(SHAPE, dim=128, heads=1, kv_heads=1, rope_theta=theta, rope_scaling=scaling)
+    config = LlamaConfig(**config_of(shape, dtype="float32"))
+    expected, factor = ROPE_INIT_FUNCTIONS["llama3"](config)
+    ours, plain = frequencies(shape), frequencies(replace(shape, rope_scaling=None))
+    torch.testing.assert_close(ours, expected, atol=0.0, rtol=2e-6)
+    assert factor == 1.0 and int((ours == plain).sum()) == kept
+    assert 0 < int(((ours < plain) & (ours > plain / scaling.factor * 1.01)).sum()) < 10, "interpolated"
+    assert shape_of(config.to_dict(), "transformers") == shape
+    assert ModelShape.of(json.loads(json.dumps(asdict(shape)))) == shape
 
 
 def test_packed_documents_give_the_loss_and_gradients_of_each_alone() -> None:

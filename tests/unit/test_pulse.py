@@ -14,7 +14,7 @@ from keepstep.agent.rank import processes
 from keepstep.agent.rank.protocol import RankState
 from keepstep.control.pace import Paces
 from keepstep.core.beacon import BINS, PAGE, BeaconReader, BeaconWriter, Phase, Trouble
-from keepstep.core.durations import COMPUTING_FLOOR_S, Usual, bound_s
+from keepstep.core.durations import COMPUTING_FLOOR_S, SILENT_FACTOR, Usual, bound_s, waiting_bound_s
 from keepstep.session import Session
 from keepstep.wire.messages import RankStatus
 
@@ -81,6 +81,23 @@ def test_a_node_that_stands_longer_than_its_phase_ever_took_is_told_with_every_l
     rank.session.phase(Phase.BACKWARD)
     assert rank.look(), "it goes on after all"
     assert not rank.look()
+
+
+def test_it_is_told_at_either_bound_not_in_between(rank: Rank) -> None:
+    writer = BeaconWriter(rank.page, rank=0, world_size=1)
+    for _ in range(100):
+        writer.passed(Phase.FORWARD, 1_000_000_000)
+    rank.session.phase(Phase.FORWARD)
+    usual = Usual.of(rank.reader.phases()[Phase.FORWARD])
+    waiting, full = waiting_bound_s(Phase.FORWARD, usual, SILENT_FACTOR), bound_s(Phase.FORWARD, usual)
+    assert waiting is not None and full is not None and waiting + 3.5 < full
+    told: dict[float, bool] = {}
+    while not told or max(told) < full + 1:
+        urgent = rank.look()
+        told[rank.pulses.ranks[0].still_s] = urgent
+    quiet = [at for at, urgent in told.items() if not urgent]
+    assert not any(waiting < at <= waiting + 3 or at >= full for at in quiet)
+    assert {at for at in told if at < waiting - 0.25 or waiting + 3.25 < at < full} <= set(quiet)
 
 
 def test_a_phase_without_a_name_is_never_suspicious(rank: Rank) -> None:

@@ -1,8 +1,10 @@
 """The figures of the paper, and of the models that people name."""
 
+from dataclasses import replace
+
 import pytest
 
-from keepstep.core.job import ModelShape
+from keepstep.core.job import ModelShape, RopeScaling
 from keepstep.spec import PRESETS
 
 
@@ -41,6 +43,14 @@ def test_the_1b_model_is_llama_3_2s_with_a_table_more() -> None:
     shape = PRESETS["1b"].shape
     assert shape.parameters - shape.embedding_parameters == 1_235_814_400
     assert shape.head_dim == 64
+
+
+def test_llama_3_1_has_scaled_positions_and_more_of_them() -> None:
+    for name in ("8b", "70b", "405b"):
+        plain, scaled = PRESETS[name].shape, PRESETS[f"{name}-3.1"].shape
+        assert scaled.rope_scaling == RopeScaling(factor=8.0)
+        same = replace(scaled, preset=name, max_seq=plain.max_seq, rope_scaling=None)
+        assert (same, scaled.max_seq) == (plain, 131_072)
 
 
 def test_the_demo_model() -> None:

@@ -19,7 +19,10 @@ def record(text: str = COMMAND) -> dict[str, Any]:
     return data
 
 
-@pytest.mark.parametrize("text", [COMMAND, "run: {llama: {}}"])
+EVALUATED = "run: {llama: {data: {holdout: 0.01}, evaluation: {every_steps: 9, data: stdlib}}}"
+
+
+@pytest.mark.parametrize("text", [COMMAND, "run: {llama: {}}", EVALUATED, "run: {llama: {model: 8b-3.1}}"])
 def test_there_and_back(text: str) -> None:
     assert from_dict(record(text)) == load(text)
 

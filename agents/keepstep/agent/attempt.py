@@ -15,6 +15,7 @@ import msgspec
 
 from keepstep.agent import preparation, report, shimlink
 from keepstep.agent.alone import Solitude
+from keepstep.agent.evaluations import Evaluations
 from keepstep.agent.evidence import Evidence, collect
 from keepstep.agent.progress import Progress
 from keepstep.agent.pulse import Pulses, bubble_s, phases
@@ -46,6 +47,7 @@ class Attempt:
         self.launch, self.directory = order.launch, directory
         self.key = order.launch.job, order.launch.attempt
         self.progress, self.pulses, self.solitude = Progress(), Pulses(), Solitude()
+        self._evaluations = Evaluations(directory)
         self.outcome: report.Outcome | None = None
         self.shim: shimlink.Shim | None = None
         self.found = asyncio.Event()  # an adopted one is known again: may be reported
@@ -331,6 +333,8 @@ class Attempt:
         look = self.progress.look(self.shim.beacons, self._now_ns(), points=wanted)
         if look.points:
             self._around.tell("points", *self.key, {"points": list(look.points)})
+        for found in self._evaluations.news() if points else ():
+            self._around.tell("evaluation", *self.key, found)
         if look.first:
             self._around.changed()
         if points and self._warm and not self._learnt and any(self.directory.glob("learnt-*.json")):

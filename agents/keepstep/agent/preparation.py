@@ -201,6 +201,8 @@ def job_document(launch: Launch, run: LlamaRun) -> dict[str, Any]:
                 "optimizer",
                 "pipeline",
                 "numerics",
+                "evaluation",
+                "metrics",
                 "seed",
                 "init_from",
             )

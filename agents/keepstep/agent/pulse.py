@@ -5,8 +5,8 @@ little: whoever slept saw nothing. A state that was seen before a late look is s
 time, so that nothing that was stopped together with this agent is taken for stopped by itself.
 
 Most of it waits for the next report. At once goes what a verdict may hang on: a process that was stopped,
-traced or lost (and once more when a second look confirms it), a node whose ranks all stand still for longer
-than their phase ever took, and that it goes on after all.
+traced or lost (and once more when a second look confirms it), a node whose ranks all stand still beyond a
+bound of their phase (that for all gangs, or that where a node is silent), and that it goes on after all.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,16 @@ from pathlib import Path
 from keepstep.agent import kernel
 from keepstep.agent.rank.protocol import RankState
 from keepstep.core.beacon import BeaconReader, Phase, Record
-from keepstep.core.durations import COMPUTING, COMPUTING_FLOOR_S, HELD_S, Usual, added, bound_s
+from keepstep.core.durations import (
+    COMPUTING,
+    COMPUTING_FLOOR_S,
+    HELD_S,
+    SILENT_FACTOR,
+    Usual,
+    added,
+    bound_s,
+    waiting_bound_s,
+)
 from keepstep.wire.messages import PhaseSeen
 
 LATE_S = 1.0  # a look after longer than this is late
@@ -72,24 +81,21 @@ class Pulses:
             changed = now.process != was.process or was.process_s < HELD_S <= now.process_s
             urgent = urgent or (changed and bool(_GRAVE & {now.process, was.process}))
         still_s = min((pulse.still_s for pulse in self.ranks.values()), default=0.0)
-        past_s = self._past_bound_s(beacons, records, still_s)
-        resumed = self._suspicious and past_s < 0
-        self._suspicious = past_s >= 0
-        return urgent or resumed or 0 <= past_s <= _TOLD_AGAIN_S
+        bounds = self._bounds_s(beacons, records) if still_s >= COMPUTING_FLOOR_S else []
+        was_suspicious, self._suspicious = self._suspicious, any(still_s >= each for each in bounds)
+        resumed = was_suspicious and not self._suspicious
+        return urgent or resumed or any(0 <= still_s - each <= _TOLD_AGAIN_S for each in bounds)
 
-    def _past_bound_s(
-        self, beacons: Mapping[int, BeaconReader], records: Mapping[int, Record], still_s: float
-    ) -> float:
-        """How far beyond the first bound of its ranks the whole node stands still; negative: it does not."""
-        if still_s < COMPUTING_FLOOR_S:
-            return -1.0
-        bounds = []
+    def _bounds_s(self, beacons: Mapping[int, BeaconReader], records: Mapping[int, Record]) -> list[float]:
+        """How long the whole node may stand still before somebody wants to know: the first of each kind."""
+        found = []
         for rank in self.ranks:
             phase = records[rank].phase if rank in records else Phase.NONE
             if rank in beacons and (seen := beacons[rank].phases().get(phase)) is not None:
-                bounds.append(bound_s(phase, Usual.of(seen)))
-        first = min((each for each in bounds if each is not None), default=None)
-        return -1.0 if first is None else still_s - first
+                usual = Usual.of(seen)
+                found.append((bound_s(phase, usual), waiting_bound_s(phase, usual, SILENT_FACTOR)))
+        kinds = ([each for each in kind if each is not None] for kind in zip(*found, strict=True))
+        return [min(kind) for kind in kinds if kind]
 
 
 def spent(pid: int, beacon: BeaconReader) -> Spent:

@@ -69,6 +69,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
             "tokens_per_s": point.tokens_per_s if point else None,
             "tflops": point.tflops if point else None,
             "mfu": point.mfu if point else None,
+            "validation": await _validation(control, job.id),
             "checkpoint_step": entry.progress.checkpoint_step if entry else None,
             "age_s": control.time.age(entry.progress.moved_at) if entry else None,
             "time": entry.progress.shares() if entry else {},
@@ -98,6 +99,16 @@ def _rank_memory(
     gpus = not nodes or any(node.gpus for node in nodes)
     found = rank_memory(spec.run, layout, replicas=spec.parallelism.dp, gpus=gpus)
     return {**asdict(found), "total": found.total}
+
+
+async def _validation(control: Controller, job: JobId) -> dict[str, Any] | None:
+    """The newest evaluation."""
+    found = await control.on_store(control.store.evaluations, job, limit=100)
+    if not found:
+        return None
+    newest = [one for one in found if (one.attempt, one.step) == (found[0].attempt, found[0].step)]
+    losses = {one.source: one.loss for one in newest}
+    return {"step": newest[0].step, "loss": losses.pop("", None), "by_source": losses}
 
 
 def _memory(control: Controller, entry: Entry) -> dict[str, Any] | None:

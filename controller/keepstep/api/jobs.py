@@ -119,6 +119,16 @@ async def metrics(
     return {"job": row.id, "points": [asdict(point) for point in page.items], "next": page.next}
 
 
+@router.get("/{ref}/evaluations")
+async def evaluations(
+    control: Control, who: Viewer, ref: str, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
+) -> dict[str, Any]:
+    """Losses on text that is not trained on, newest first; source "" is the mean over all sources."""
+    row = await control.on_store(control.store.job, ref)
+    found = await control.on_store(control.store.evaluations, row.id, limit=limit)
+    return {"job": row.id, "evaluations": [asdict(one) for one in found]}
+
+
 @router.get("/{ref}/goodput")
 async def goodput(control: Control, who: Viewer, ref: str) -> dict[str, Any]:
     row = await control.on_store(control.store.job, ref)

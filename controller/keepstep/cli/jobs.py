@@ -1,6 +1,7 @@
 """keepstep list and status: jobs as rows, and one job in short."""
 
 import functools
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -73,6 +74,19 @@ COLUMNS = (
     Column("REASON", lambda job: str(job.get("waiting_for") or job.get("reason") or ""), wide=True),
 )
 
+_VALIDATION = Column(
+    "VALIDATION", lambda job: units.figure((_progress(job, "validation") or {}).get("loss")), right=True
+)
+
+
+def columns(jobs: Sequence[Json]) -> tuple[Column, ...]:
+    """With the loss on text that is not trained on, where any of the jobs has one."""
+    if not any(_progress(job, "validation") for job in jobs):
+        return COLUMNS
+    at = 1 + next(k for k, column in enumerate(COLUMNS) if column.title == "LOSS")
+    return (*COLUMNS[:at], _VALIDATION, *COLUMNS[at:])
+
+
 # Of the time in steps.
 TIME_COLUMNS = (
     Column("ID", lambda job: str(job["id"])),
@@ -103,7 +117,9 @@ def list_jobs(
             output,
             {"jobs": jobs},
             name=lambda: [str(job["id"]) for job in jobs],
-            table=lambda wide: draw(jobs, COLUMNS, wide=wide, empty="no jobs; `keepstep submit` makes one"),
+            table=lambda wide: draw(
+                jobs, columns(jobs), wide=wide, empty="no jobs; `keepstep submit` makes one"
+            ),
         )
 
     repeat(show, watch=watch)
@@ -143,6 +159,7 @@ def summary(job: Json) -> list[tuple[str, str]]:
         ("job", str(job["id"])),
         ("state", " ".join(filter(None, (str(job["state"]), _why(job))))),
         ("progress", "  ".join(filter(None, (step, loss, *speed)))),
+        ("validation", _validation(progress.get("validation") or {})),
         ("time", _time(progress.get("time") or {})),
         ("checkpoint", f"step {saved}" if saved is not None and saved >= 0 else ""),
         ("memory", _memory(job.get("memory") or {})),
@@ -158,6 +175,15 @@ def summary(job: Json) -> list[tuple[str, str]]:
 
 def _time(time: Json) -> str:
     return ", ".join(f"{part} {share:.0%}" for part, share in time.items() if share)
+
+
+def _validation(found: Json) -> str:
+    """loss 2.931 at step 40 (code 2.104, web 3.758)"""
+    if found.get("loss") is None:
+        return ""
+    parts = [f"{source} {units.figure(loss)}" for source, loss in found["by_source"].items()]
+    each = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+    return f"loss {units.figure(found['loss'])} at step {found['step']}{each}"
 
 
 def _memory(memory: Json) -> str:

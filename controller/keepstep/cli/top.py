@@ -31,7 +31,7 @@ def top(
             f"{ready} of {len(fleet)} nodes ready  {len(alive)} jobs"
         )
         print()
-        draw(alive[:20], jobs.COLUMNS)
+        draw(alive[:20], jobs.columns(alive[:20]))
         print()
         if stepping := [job for job in alive[:20] if (job.get("progress") or {}).get("time")]:
             draw(stepping, jobs.TIME_COLUMNS)

@@ -12,7 +12,7 @@ from keepstep.control.fleet import Fleet, Member
 from keepstep.core.errors import KeepstepError
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.store import Writer
-from keepstep.store.rows import CurvePoint, NewEvent
+from keepstep.store.rows import CurvePoint, Evaluation, NewEvent
 from keepstep.wire import messages as wire
 
 _SHOWN = {
@@ -104,6 +104,8 @@ def write_events(writer: Writer, member: Member, events: Iterable[wire.Event], k
             continue
         if event.kind == "points":
             writer.add_points(event.job, _points(event.attempt, event.data.get("points", ()), writer.now))
+        elif event.kind == "evaluation":
+            writer.add_evaluations(event.job, _evaluation(event, writer.now))
         elif event.kind in _SHOWN:
             text = str(event.data.get("text", event.kind.replace("_", " ")))[:_TEXT_MAX]
             writer.add_event(
@@ -132,6 +134,14 @@ def _points(attempt: int, points: Iterable[Any], now: float) -> Iterable[CurvePo
             tflops=tflops,
             mfu=mfu,
         )
+
+
+def _evaluation(event: wire.Event, now: float) -> Iterable[Evaluation]:
+    for source, loss in event.data.get("losses", {}).items():
+        yield Evaluation(
+            attempt=Attempt(event.attempt), step=Step(event.data["step"]), source=source,
+            at=now - event.age_s, loss=_figure(loss),
+        )  # fmt: skip
 
 
 def _figure(value: Any) -> float | None:

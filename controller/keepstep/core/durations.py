@@ -21,6 +21,10 @@ from dataclasses import dataclass
 from keepstep.core.beacon import BINS, Phase, Seen, bin_edge_s
 
 COMPUTING_FLOOR_S, OUTSIDE_FLOOR_S, FACTOR = 1.5, 60.0, 8.0
+# Of a gang with a silent node. The full factor is for what makes a rank late: long batches, drifting phases,
+# shared machines. None of that keeps its agent from speaking at the same time; so where the agent is silent,
+# too, twice is enough.
+SILENT_FACTOR = 2.0
 COMPUTING = frozenset({Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER})
 UNKNOWN = frozenset({Phase.NONE, Phase.UNKNOWN})  # what a rank does there is anybody's guess
 HELD_S = 0.2  # a process state is a fact when two looks saw it, at least so far apart

@@ -36,6 +36,16 @@ class Elastic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's: rotary waves that are long within the original length are slowed down by `factor`."""
+
+    factor: float
+    low_freq_factor: float = 1.0  # turns within the original length, up to which a wave is slowed down ...
+    high_freq_factor: float = 4.0  # ... and from which on it stays
+    original_max_position_embeddings: int = 8192  # tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """A Llama 3 transformer: RMSNorm, grouped-query attention, SwiGLU, rotary positions, no tied tables."""
 
@@ -49,6 +59,7 @@ class ModelShape:
     max_seq: int = 8192  # positions beyond it have no rotation
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_dim(self) -> int:
@@ -80,10 +91,13 @@ class Data:
     seed: int = 0
     tokenizer: str | None = None  # its file on the nodes; None: bytes, or what made the tokens
     weights: Mapping[str, float] = field(default_factory=dict)  # of source tokens: by source; none: alike
+    holdout: float = 0.0  # share of documents that is never trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class BatchSizes:
+    """What one optimizer step sees."""
+
     global_tokens: int  # of one optimizer step, over all replicas; never changed by recovery
     seq: int  # tokens of a sequence
     micro_batch: int = 1  # sequences that go through the pipeline together
@@ -95,6 +109,24 @@ class Batch:
     def micro_batches(self, dp: int) -> int:
         """Of one replica in one step, when there are `dp` of them."""
         return self.sequences // dp // self.micro_batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStage(BatchSizes):
+    """A later stage of training, with another batch."""
+
+    after_steps: int  # completed ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(BatchSizes):
+    """That of the first stage, and the later stages in their order."""
+
+    stages: tuple[BatchStage, ...] = ()
+
+    @property
+    def all(self) -> tuple[BatchSizes, ...]:
+        return (self, *self.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +220,36 @@ class Numerics:
         "optimizer"  # over dp x cp, each with those before
     )
     compile: bool = False
+    float8: bool = False
     deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The loss on text that is not trained on, now and then."""
+
+    every_steps: int  # and at the end
+    sequences: int = 256  # of each source, at most
+    data: Data | None = None  # None: what data.holdout holds out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wandb:
+    """What wandb.init takes; None: its own default."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline"] | None = None
+    dir: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Where the rank that reports writes the job's figures beside; its packages are the node's to have."""
+
+    tensorboard: str | None = None  # a folder, in which each job has its own
+    wandb: Wandb | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +263,8 @@ class LlamaRun(Process):
     optimizer: Optimizer
     pipeline: Pipeline = Pipeline()
     numerics: Numerics = Numerics()
+    evaluation: Evaluation | None = None
+    metrics: Metrics = Metrics()
     seed: int = 0
     init_from: str | None = None  # a folder of weights to begin with; None: random ones
     kind: Literal["llama"] = "llama"

@@ -113,8 +113,8 @@ def layouts(spec: JobSpec) -> tuple[Layout, ...]:
     """What the job may run with, the largest first: numbers of replicas that divide its batch."""
     counts = spec.replica_counts
     if spec.run.kind == "llama":
-        sequences = spec.run.batch.sequences
-        counts = tuple(dp for dp in counts if sequences % dp == 0)
+        stages = spec.run.batch.all
+        counts = tuple(dp for dp in counts if all(stage.sequences % dp == 0 for stage in stages))
     return tuple(spec.parallelism.with_replicas(dp) for dp in counts)
 
 

@@ -19,11 +19,6 @@ from keepstep.decide.view import AttemptView, JobView, NodeView, PartView, RankP
 
 Nodes = Mapping[Node, NodeView]
 
-# Of the usual longest. The full factor is for what makes a rank late: long batches, phases that drift, a
-# machine that is shared. None of that keeps its agent from speaking at the same time; so where the agent is
-# silent, too, twice is enough, and `silent_after_s` the floor for what stops both: a machine that pauses.
-_SILENT_FACTOR = 2.0
-
 
 def silent(job: JobView, attempt: AttemptView, nodes: Nodes, policy: Policy) -> Verdict | None:
     """Asked only when agents had their time to come back after a controller's start."""
@@ -59,6 +54,7 @@ def _cut_off(
 ) -> Verdict | None:
     """Sooner than by the bound for all gangs: every rank that can be asked waits for longer than usual.
 
+    `silent_after_s` is the floor, for what stops both a rank and its agent: a machine that pauses.
     Not where one of them does something else, or is in a phase that nobody knows yet (a first evaluation);
     and only a node whose silence began with the waiting is its reason.
     """
@@ -67,7 +63,7 @@ def _cut_off(
     bound_s, still_s = policy.silent_after_s, min((one.still_s or 0.0 for one in ranks), default=0.0)
     for one in ranks:
         usual = job.usual.get(one.doing, Usual())
-        learnt_s = durations.waiting_bound_s(phase_of(one.doing), usual, _SILENT_FACTOR)
+        learnt_s = durations.waiting_bound_s(phase_of(one.doing), usual, durations.SILENT_FACTOR)
         if learnt_s is None or one.waiting_s is None:
             return None
         bound_s = max(bound_s, learnt_s)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from keepstep.spec.problems import Path, Problem
-from keepstep.spec.run_document import LlamaSection, RunSection
+from keepstep.spec.run_document import LlamaSection, RunSection, TextSection
 
 # What keepstep itself tells every rank. A trailing * stands for any end.
 RESERVED = (
@@ -33,6 +33,7 @@ def conflicts(run: RunSection) -> Iterator[Problem]:
     if run.llama is not None:
         yield from _data_problems(run.llama)
         yield from _schedule_problems(run.llama)
+        yield from _stage_problems(run.llama)
     yield from value_problems(run.env, run.secrets, run.command or run.args)
 
 
@@ -111,7 +112,19 @@ def _launcher_problems(command: Sequence[str]) -> Iterator[Problem]:
 
 def _data_problems(section: LlamaSection) -> Iterator[Problem]:
     at: Path = ("run", "llama", "data")
-    data = section.data
+    yield from _text_problems(section.data, at)
+    evaluation = section.evaluation
+    if evaluation is None:
+        return
+    if evaluation.data is not None:
+        yield from _text_problems(evaluation.data, ("run", "llama", "evaluation", "data"))
+    elif not section.data.holdout:
+        what = "has no text that is not trained on"
+        next_ = "Hold some out, as in   run.llama.data: {holdout: 0.01}   or give it data of its own."
+        yield Problem(path=("run", "llama", "evaluation"), what=what, next=next_)
+
+
+def _text_problems(data: TextSection, at: Path) -> Iterator[Problem]:
     if data.source != "stdlib" and data.path is None:
         yield Problem(
             path=at, what=f"source {data.source} needs a path", next="A file or a folder, on every node."
@@ -137,6 +150,15 @@ def _schedule_problems(section: LlamaSection) -> Iterator[Problem]:
     if optimizer.decay_steps is not None and optimizer.decay_steps <= warmup:
         what = f"{optimizer.decay_steps:,} is no later than warmup_steps, {warmup:,}"
         yield Problem(path=(*at, "decay_steps"), what=what, next="The cosine begins where warming up ends.")
+
+
+def _stage_problems(section: LlamaSection) -> Iterator[Problem]:
+    for number, stage in enumerate(section.batch.stages):
+        given = [name for name in ("after_tokens", "after_steps") if getattr(stage, name) is not None]
+        if len(given) != 1:
+            what = f"has {' and '.join(given)}" if given else "does not say when it begins"
+            at: Path = ("run", "llama", "batch", "stages", number)
+            yield Problem(path=at, what=what, next="Give one of after_tokens, after_steps.")
 
 
 def _reference_problems(run: RunSection) -> Iterator[Problem]:

@@ -5,7 +5,16 @@ divides. The same checks stand before a document becomes a job and before a stor
 import math
 from collections.abc import Iterator
 
-from keepstep.core.job import Batch, CommandRun, JobSpec, LlamaRun, ModelShape, Pipeline, Resources
+from keepstep.core.job import (
+    Batch,
+    BatchSizes,
+    CommandRun,
+    JobSpec,
+    LlamaRun,
+    ModelShape,
+    Pipeline,
+    Resources,
+)
 from keepstep.core.layout import Layout
 from keepstep.spec.problems import Path, Problem, counted
 
@@ -13,6 +22,7 @@ _MODEL: Path = ("run", "llama", "model")
 _BATCH: Path = ("run", "llama", "batch")
 _PIPELINE: Path = ("run", "llama", "pipeline")
 _ONE_CHUNK = Pipeline()
+_FLOAT8_UNIT = 16  # elements: rows and columns of a product
 
 
 def misfits(spec: JobSpec) -> Iterator[Problem]:
@@ -32,12 +42,18 @@ def misfits(spec: JobSpec) -> Iterator[Problem]:
     if layout.world_size != resources.ranks:
         yield _does_not_multiply_out(layout, resources, model, batch, pipeline)
     elif model is not None and batch is not None:
-        yield from _does_not_cut(model, batch, layout, resources, pipeline)
+        for stage in batch.all:
+            if found := list(_does_not_cut(model, stage, batch, layout, resources, pipeline)):
+                yield from found
+                break
     if spec.elastic.min_dp > layout.dp:
         what = f"min_dp {spec.elastic.min_dp} is more than the {layout.dp} replicas of the layout"
         yield Problem(path=("elastic", "min_dp"), what=what, next=f"At most {layout.dp}.")
     if model is not None and batch is not None:
-        yield from _batch_problems(model, batch, layout)
+        for number, stage in enumerate(batch.all):
+            yield from _batch_problems(model, stage, layout, (*_BATCH, *_stage(number)))
+        yield from _order_problems(batch, spec.run)
+        yield from _float8_problems(spec.run, layout)
 
 
 def doubts(spec: JobSpec) -> Iterator[str]:
@@ -46,7 +62,7 @@ def doubts(spec: JobSpec) -> Iterator[str]:
     if layout.tp > 1 and slots % layout.tp:
         yield f"parallelism: tp {layout.tp} does not divide {slots} GPUs per node: it works across nodes."
     if isinstance(spec.run, LlamaRun):
-        count = spec.run.batch.micro_batches(layout.dp)
+        count = min(stage.micro_batches(layout.dp) for stage in spec.run.batch.all)
         if count < layout.pp:
             yield (
                 f"run.llama.batch: {counted(count, 'micro-batch', 'micro-batches')} a step for {layout.pp} "
@@ -87,7 +103,7 @@ def _pipeline_problems(pipeline: Pipeline, layout: Layout) -> Iterator[Problem]:
 
 
 def cuts(
-    model: ModelShape, layout: Layout, pipeline: Pipeline = _ONE_CHUNK, batch: Batch | None = None
+    model: ModelShape, layout: Layout, pipeline: Pipeline = _ONE_CHUNK, batch: BatchSizes | None = None
 ) -> Iterator[str]:
     """Why the built-in trainer cannot cut the model and its sequences so; nothing if it can."""
     for noun, count in (
@@ -125,12 +141,13 @@ def nearest_layouts(
 
     Sequences are cut only where they already were.
     """
+    stages = (None,) if batch is None else batch.all
     fitting = [
         layout
         for layout in _factorisations(ranks)
         if (layout.cp == 1 or like.cp > 1)
-        and (model is None or not any(cuts(model, layout, pipeline, batch)))
-        and (batch is None or (batch.sequences % (layout.dp * batch.micro_batch) == 0))
+        and (model is None or not any(reason for s in stages for reason in cuts(model, layout, pipeline, s)))
+        and all(s is None or s.sequences % (layout.dp * s.micro_batch) == 0 for s in stages)
     ]
     fitting.sort(key=lambda layout: (_distance(layout, like), layout.cp, layout.pp, layout.tp))
     return tuple(fitting[:count])
@@ -155,9 +172,14 @@ def _does_not_multiply_out(
 
 
 def _does_not_cut(
-    model: ModelShape, batch: Batch, layout: Layout, resources: Resources, pipeline: Pipeline
+    model: ModelShape,
+    stage: BatchSizes,
+    batch: Batch,
+    layout: Layout,
+    resources: Resources,
+    pipeline: Pipeline,
 ) -> Iterator[Problem]:
-    reasons = list(cuts(model, layout, pipeline, batch))
+    reasons = list(cuts(model, layout, pipeline, stage))
     if reasons:
         named = f"the {model.preset} model" if model.preset else "the model"
         what = f"{written(layout)} does not fit {named}: {'; '.join(reasons)}."
@@ -178,12 +200,53 @@ def _nearest(
     return f"{which}: {', '.join(written(each) for each in layouts)}."
 
 
-def _batch_problems(model: ModelShape, batch: Batch, layout: Layout) -> Iterator[Problem]:
+def _stage(number: int) -> Path:
+    """Where a stage stands beneath the batch; 0: the first, which is the batch itself."""
+    return ("stages", number - 1) if number else ()
+
+
+def _order_problems(batch: Batch, run: LlamaRun | CommandRun) -> Iterator[Problem]:
+    assert isinstance(run, LlamaRun)
+    before = 0
+    for number, stage in enumerate(batch.stages, start=1):
+        at = (*_BATCH, *_stage(number))
+        if stage.after_steps <= before:
+            what = f"begins after {counted(stage.after_steps, 'step')}, no later than the stage before it"
+            yield Problem(path=at, what=what, next="Name stages in their order; each needs a step at least.")
+        elif stage.after_steps >= run.steps:
+            what = f"begins after {counted(stage.after_steps, 'step')}, and the job has {run.steps:,}"
+            yield Problem(path=at, what=what, next="Raise steps, or leave the stage out.")
+        before = stage.after_steps
+
+
+def _float8_problems(run: LlamaRun | CommandRun, layout: Layout) -> Iterator[Problem]:
+    assert isinstance(run, LlamaRun)
+    if not run.numerics.float8:
+        return
+    at: Path = ("run", "llama", "numerics", "float8")
+    if run.numerics.precision == "fp32":
+        yield Problem(path=at, what="goes with bf16, not with fp32", next="Leave one of them out.")
+    model = run.model
+    heads = (model.heads + 2 * model.kv_heads) * model.head_dim
+    for noun, size in (
+        ("dim", model.dim),
+        ("dim / tp", model.dim // layout.tp),
+        ("FFN dim / tp", model.ffn_dim // layout.tp),
+        ("width of queries, keys and values / tp", heads // layout.tp),
+    ):  # fmt: skip
+        if size % _FLOAT8_UNIT:
+            next_ = "Change the model or tp, or leave it out."
+            yield Problem(
+                path=at, what=f"needs a multiple of {_FLOAT8_UNIT}, and {noun} is {size:,}", next=next_
+            )
+
+
+def _batch_problems(model: ModelShape, batch: BatchSizes, layout: Layout, path: Path) -> Iterator[Problem]:
     if batch.seq > model.max_seq:
         what = f"{batch.seq:,} tokens are more than the model's max_seq of {model.max_seq:,}"
         next_ = "Shorten it, or give the model a larger max_seq."
-        yield Problem(path=(*_BATCH, "seq"), what=what, next=next_)
-    at = (*_BATCH, "global_tokens")
+        yield Problem(path=(*path, "seq"), what=what, next=next_)
+    at = (*path, "global_tokens")
     unit = batch.seq * layout.dp * batch.micro_batch
     below, above = batch.global_tokens // unit * unit, -(-batch.global_tokens // unit) * unit
     near = f"{below:,} or {above:,}" if below else f"{above:,}"

@@ -77,9 +77,13 @@ def checked(spec: JobSpec) -> Checked:
             )
             micro = batch.micro_batches(layout.dp)
             length = f"{counted(steps, 'step')} of {batch.global_tokens:,} tokens"
+            later = "".join(
+                f"; {stage.global_tokens:,} in sequences of {stage.seq:,} after step {stage.after_steps:,}"
+                for stage in batch.stages
+            )
             per_replica = f"{counted(micro, 'micro-batch', 'micro-batches')} a replica"
             cut = f"{counted(batch.sequences, 'sequence')} of {batch.seq:,}, {per_replica}"
-            what = f"llama3 {named}, {size} parameters, {length} ({cut})"
+            what = f"llama3 {named}, {size} parameters, {length} ({cut}){later}"
             parameters: int | None = model.parameters
         case CommandRun(command=command):
             what, parameters = shlex.join(command), None

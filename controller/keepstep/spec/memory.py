@@ -6,19 +6,22 @@ from keepstep.core.layout import Layout
 
 
 def rank_memory(run: LlamaRun, layout: Layout, *, replicas: int, gpus: bool = True) -> Footprint:
-    """Of the rank that takes most; `replicas` were asked for, the layout has as many or fewer."""
+    """Of the rank and stage that take most; `replicas` were asked for, the layout has as many or fewer."""
     numerics = run.numerics
     bf16 = numerics.precision == "bf16" or (numerics.precision == "auto" and gpus)
-    training = Training(
-        seq=run.batch.seq,
-        micro_batch=run.batch.micro_batch,
-        micro_batches=run.batch.micro_batches(replicas),
-        replicas=replicas,
-        schedule=run.pipeline.schedule,
-        chunks=run.pipeline.chunks,
-        recompute=numerics.recompute,
-        shard=numerics.shard,
-        element=2 if bf16 else 4,
-        cuda=gpus,
-    )
-    return fullest(run.model, layout, training)[1]
+    found = []
+    for batch in run.batch.all:
+        training = Training(
+            seq=batch.seq,
+            micro_batch=batch.micro_batch,
+            micro_batches=batch.micro_batches(replicas),
+            replicas=replicas,
+            schedule=run.pipeline.schedule,
+            chunks=run.pipeline.chunks,
+            recompute=numerics.recompute,
+            shard=numerics.shard,
+            element=2 if bf16 else 4,
+            cuda=gpus,
+        )
+        found.append(fullest(run.model, layout, training)[1])
+    return max(found, key=lambda one: one.total)

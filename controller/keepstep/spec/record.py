@@ -24,7 +24,7 @@ from keepstep.spec.violations import problems_of
 
 _MAY_BE_ZERO = frozenset(
     {"spares", "seed", "max", "clip", "min_lr", "warmup_steps", "anneal_steps", "weight_decay", "beta1",
-     "beta2", "umask", "grace_s", "before_s", "first_s", "max_s", "snapshot_every_steps"}
+     "beta2", "holdout", "umask", "grace_s", "before_s", "first_s", "max_s", "snapshot_every_steps"}
 )  # fmt: skip
 _SIGNED = frozenset({"priority", "limits"})
 _LARGEST = 2.0**63

@@ -10,9 +10,10 @@ from keepstep.core import job
 from keepstep.core.layout import Layout
 from keepstep.spec.conflicts import conflicts
 from keepstep.spec.document import JobDocument, ResourcesSection
+from keepstep.spec.llama_document import BatchStageSection, MetricsSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS, USUAL_LR
 from keepstep.spec.problems import Path, Problem
-from keepstep.spec.run_document import LlamaSection, ModelSection, RunSection
+from keepstep.spec.run_document import LlamaSection, ModelSection, RunSection, TextSection
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)")
 _NEEDED = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
@@ -67,6 +68,12 @@ def model_shape(section: ModelSection) -> tuple[job.ModelShape | None, list[Prob
     given = {
         name: value for name in ModelSection.model_fields if (value := getattr(section, name)) is not None
     }
+    if (scaling := section.rope_scaling) is not None:
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            what = f"low_freq_factor {scaling.low_freq_factor:g} is no less than high_freq_factor"
+            at = ("run", "llama", "model", "rope_scaling")
+            return None, [Problem(path=at, what=what, next="Llama 3.1 has 1 and 4.")]
+        given["rope_scaling"] = job.RopeScaling(**scaling.model_dump())
     preset = given.pop("preset", None)
     if preset is not None:
         return replace(PRESETS[preset].shape, **given), []
@@ -114,18 +121,11 @@ def _llama(
     warmup = (
         min(_MOST_WARMUP, section.steps // 10) if optimizer.warmup_steps is None else optimizer.warmup_steps
     )
-    data = section.data
     return job.LlamaRun(
         model=shape,
-        data=job.Data(
-            source=data.source,
-            path=_absolute(data.path, base),
-            seed=data.seed,
-            tokenizer=_absolute(data.tokenizer, base),
-            weights=dict(data.weights),
-        ),
+        data=replace(_text(section.data, base), holdout=section.data.holdout),
         steps=section.steps,
-        batch=job.Batch(global_tokens=tokens, seq=seq, micro_batch=batch.micro_batch),
+        batch=batch_of(job.Batch(global_tokens=tokens, seq=seq, micro_batch=batch.micro_batch), batch.stages),
         optimizer=job.Optimizer(
             lr=lr,
             min_lr=lr / 100 if optimizer.min_lr is None else optimizer.min_lr,
@@ -143,10 +143,58 @@ def _llama(
             chunks=section.pipeline.chunks or (2 if section.pipeline.schedule == "interleaved" else 1),
         ),
         numerics=job.Numerics(**section.numerics.model_dump()),
+        evaluation=_evaluation(section, base),
+        metrics=_metrics(section.metrics, base),
         seed=section.seed,
         init_from=_absolute(section.init_from, base),
         **_process(run),
     )
+
+
+def batch_of(first: job.Batch, sections: Sequence[BatchStageSection]) -> job.Batch:
+    """With its later stages; those that begin after so many tokens begin with a step."""
+    stages: list[job.BatchStage] = []
+    before: job.BatchSizes = first
+    begun = used = 0  # steps and tokens before the last stage
+    for section in sections:
+        more = (section.after_tokens or 0) - used
+        steps = section.after_steps or begun + max(0, -(-more // before.global_tokens))
+        used, begun = used + (steps - begun) * before.global_tokens, steps
+        before = job.BatchStage(
+            after_steps=steps,
+            global_tokens=section.global_tokens or before.global_tokens,
+            seq=section.seq or before.seq,
+            micro_batch=section.micro_batch or before.micro_batch,
+        )
+        stages.append(before)
+    return replace(first, stages=tuple(stages))
+
+
+def _text(section: TextSection, base: Folder) -> job.Data:
+    return job.Data(
+        source=section.source,
+        path=_absolute(section.path, base),
+        seed=section.seed,
+        tokenizer=_absolute(section.tokenizer, base),
+        weights=dict(section.weights),
+    )
+
+
+def _evaluation(section: LlamaSection, base: Folder) -> job.Evaluation | None:
+    evaluation = section.evaluation
+    if evaluation is None:
+        return None
+    text = None if evaluation.data is None else _text(evaluation.data, base)
+    if text is not None and text.tokenizer is None:
+        text = replace(text, tokenizer=_absolute(section.data.tokenizer, base))
+    return job.Evaluation(every_steps=evaluation.every_steps, sequences=evaluation.sequences, data=text)
+
+
+def _metrics(section: MetricsSection, base: Folder) -> job.Metrics:
+    wandb = None
+    if section.wandb is not None:
+        wandb = job.Wandb(**section.wandb.model_dump() | {"dir": _absolute(section.wandb.dir, base)})
+    return job.Metrics(tensorboard=_absolute(section.tensorboard, base), wandb=wandb)
 
 
 def _command(run: RunSection, base: Folder) -> job.CommandRun:
@@ -211,7 +259,10 @@ def _addresses(document: JobDocument) -> Iterator[Problem]:
     yield from _address(("run", "workdir"), document.run.workdir)
     if llama is not None:
         yield from _address(("run", "llama", "data", "path"), llama.data.path)
+        if llama.evaluation is not None and llama.evaluation.data is not None:
+            yield from _address(("run", "llama", "evaluation", "data", "path"), llama.evaluation.data.path)
         yield from _address(("run", "llama", "init_from"), llama.init_from)
+        yield from _address(("run", "llama", "metrics", "tensorboard"), llama.metrics.tensorboard)
 
 
 def _address(path: Path, value: str | None) -> Iterator[Problem]:

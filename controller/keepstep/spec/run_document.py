@@ -20,11 +20,13 @@ from keepstep.spec.fields import (
     Variable,
     Whole,
 )
+from keepstep.spec.llama_document import BatchStageSection, MetricsSection, RopeScalingSection
 from keepstep.spec.presets import BYTE_VOCABULARY, PRESETS
 from keepstep.spec.section import Section, Words
 
 _SOURCES = ("stdlib", "text", "tokens")
 _STOP, _WARN, _LOGS = job.Stop(), job.Warn(), job.Logs()
+_EVALUATION = job.Evaluation(every_steps=1)
 _OPTIMIZER = job.Optimizer(lr=0, min_lr=0, warmup_steps=0)
 _SHAPE = job.ModelShape(dim=1, layers=1, heads=1, kv_heads=1, ffn_dim=1, vocabulary=1)
 
@@ -62,6 +64,10 @@ class ModelSection(Section):
         default=None, json_schema_extra={"default_text": f"the preset's, else {_SHAPE.norm_eps:g}"}
     )
     """Added to the mean square in RMSNorm."""
+    rope_scaling: RopeScalingSection | None = Field(
+        default=None, json_schema_extra={"default_text": "the preset's, else none"}
+    )
+    """How rotary positions are scaled for long sequences, as in Llama 3.1."""
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -70,8 +76,8 @@ class ModelSection(Section):
         return super().short(value)
 
 
-class DataSection(Section):
-    """What is trained on: text with document boundaries, which attention does not cross."""
+class TextSection(Section):
+    """Text with document boundaries, which attention does not cross."""
 
     source: Annotated[
         Literal["stdlib", "text", "tokens"],
@@ -98,6 +104,27 @@ class DataSection(Section):
         return super().short(value)
 
 
+class DataSection(TextSection):
+    """What is trained on: text with document boundaries, which attention does not cross."""
+
+    holdout: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
+    """Share of documents, chosen by the hash of each one's content, that is never trained on; `evaluation`
+    uses it."""
+
+
+class EvaluationSection(Section):
+    """The loss on text that is not trained on: of each source, the same sequences every time."""
+
+    every_steps: Annotated[Whole, Field(ge=1, le=10**9)]
+    """Optimizer steps between two evaluations; one more is made at the end."""
+    sequences: Annotated[Whole, Field(ge=1, le=2**30)] = _EVALUATION.sequences
+    """Of each source, at most; they are as long as those that are trained on."""
+    data: TextSection | None = Field(
+        default=None, json_schema_extra={"default_text": "what run.llama.data.holdout holds out"}
+    )
+    """Other text than that which is trained on."""
+
+
 class BatchSection(Section):
     """How much one optimizer step sees."""
 
@@ -112,6 +139,9 @@ class BatchSection(Section):
     """Tokens of a sequence."""
     micro_batch: Annotated[Whole, Field(ge=1, le=2**20)] = 1
     """Sequences that go through the model together."""
+    stages: tuple[BatchStageSection, ...] = ()
+    """Later stages of training, with more tokens a step or longer sequences; name all of them when the job
+    begins, because the text that a stage takes depends on where it ends."""
 
 
 class OptimizerSection(Section):
@@ -193,6 +223,9 @@ class NumericsSection(Section):
     pass. The less a rank holds, the more is sent."""
     compile: Truth = False
     """Compile the element-wise parts of each block, with torch.compile; the first step takes longer."""
+    float8: Truth = False
+    """Products of the layers' matrices in float8, with a scale for each row; gradients of weights, embedding,
+    output and attention stay in bf16. On GPUs from Ada and Hopper on; not tried on any yet."""
     deterministic: Truth = False
     """The same bits in every run of the same layout, at some cost on GPUs; on CPUs it is always so."""
 
@@ -201,7 +234,7 @@ class LlamaSection(Section):
     """The built-in trainer: Llama 3 with tensor, context, pipeline and data parallelism."""
 
     model: ModelSection = ModelSection(preset="debug")
-    """The model: the name of a preset (debug, 1b, 8b, 70b, 405b), or the fields themselves."""
+    """The model: the name of a preset (debug, 1b, 8b, 70b, 405b, 8b-3.1 and so on), or the fields."""
     data: DataSection = DataSection()
     """What is trained on: the name of a source, or its fields."""
     steps: Annotated[Whole, Field(ge=1, le=10**9)] = 100
@@ -214,6 +247,10 @@ class LlamaSection(Section):
     """The pipeline: the name of a schedule, or its fields."""
     numerics: NumericsSection = NumericsSection()
     """Precision, memory and speed."""
+    evaluation: EvaluationSection | None = None
+    """When the loss on text that is not trained on is computed; left out: never."""
+    metrics: MetricsSection = MetricsSection()
+    """Where loss, rates and evaluations are written for other tools; keepstep has them in any case."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Of the first weights."""
     init_from: SomeText | None = None

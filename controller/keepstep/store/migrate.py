@@ -14,7 +14,7 @@ from keepstep.core.errors import InputError
 from keepstep.store import lease, tables
 from keepstep.store.engines import answering, back_up, lock_schema, migrating
 
-HEAD = "0002"  # the newest revision in migrations/versions
+HEAD = "0003"  # the newest revision in migrations/versions
 SCRIPTS = Path(__file__).parent / "migrations"
 
 _WRITTEN_BY = "schema_written_by"

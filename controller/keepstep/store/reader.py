@@ -18,6 +18,7 @@ from keepstep.store.rows import (
     Checkpoint,
     CurvePoint,
     Decision,
+    Evaluation,
     Event,
     Incident,
     Job,
@@ -119,6 +120,13 @@ class Reader:
         if not whole:  # more attempts share this step than fit: one step is the smallest page
             whole = self._rows(query.where(points.c.step == cut))
         return Page(items=tuple(CurvePoint(**row) for row in whole), next=whole[-1]["step"])
+
+    def evaluations(self, job: str, *, limit: int = 1000) -> tuple[Evaluation, ...]:
+        """The newest ones, newest first; of each those of all its sources, by name."""
+        table = tables.evaluations
+        query = sa.select(table).where(table.c.job == job).order_by(table.c.at.desc(), table.c.source)
+        rows = self._rows(query.limit(max(1, min(limit, POINTS_MAX))))
+        return tuple(Evaluation(**{k: v for k, v in row.items() if k != "job"}) for row in rows)
 
     def newest_step(self, job: str) -> int:
         """The most completed steps that any attempt of the job reported; -1: none."""

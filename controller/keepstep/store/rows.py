@@ -253,6 +253,17 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The loss on one source's text that is not trained on; source "": over all of them. None: not finite."""
+
+    attempt: Attempt
+    step: Step
+    source: str
+    at: float
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     job: JobId
     attempt: Attempt

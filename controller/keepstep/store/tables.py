@@ -239,6 +239,17 @@ points = sa.Table(
     Index(None, "job", "step"),
 )
 
+evaluations = sa.Table(
+    "evaluations",
+    metadata,
+    _job(),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("source", Text, primary_key=True),
+    _time("at", always=True),
+    Column("loss", Float(53)),
+)
+
 checkpoints = sa.Table(
     "checkpoints",
     metadata,

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, Unpack
 
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from keepstep.store.rows import (
     AttemptRow,
     CurvePoint,
     Decision,
+    Evaluation,
     Event,
     Incident,
     IncidentChanges,
@@ -176,6 +178,12 @@ class Writer(Reader):
         ]
         if rows:
             self._connection.execute(insert_unless_there(self._connection, tables.points), rows)
+
+    def add_evaluations(self, job: str, found: Iterable[Evaluation]) -> None:
+        """Adds to those that are there, which stay as they are."""
+        rows = [{"job": job, **asdict(one), "loss": _number(one.loss)} for one in found]
+        if rows:
+            self._connection.execute(insert_unless_there(self._connection, tables.evaluations), rows)
 
     def add_checkpoints(self, job: str, seen: Iterable[tuple[int, int, bool]]) -> None:
         """Records (attempt, step, complete) of folders that were seen."""

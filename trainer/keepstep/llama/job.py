@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from keepstep.core.footprint import Training
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
+from keepstep.llama.float8 import check_shape
 from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, SHARDS, Numerics
 from keepstep.llama.optimizer import OptimizerConfig
 from keepstep.llama.schedule import ONE_CHUNK, SCHEDULES, Pipeline
@@ -33,15 +35,32 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStage:
+    """A later stage of training, with another batch."""
+
+    after_steps: int
+    global_tokens: int
+    seq: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    every_steps: int  # and at the end
+    sequences: int  # of each source, at most
+    data: Mapping[str, Any] | None = None  # None: what data.holdout holds out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
     id: str
     attempt: int
     layout: Layout
     replicas: int  # that the spec asked for; the present dp divides it, and the result is the same
     shape: ModelShape
-    data: Mapping[str, Any]  # source, path, seed
+    data: Mapping[str, Any]  # source, path, seed, holdout
     steps: int
-    global_tokens: int  # of a step
+    global_tokens: int  # of a step; this and the next two: in the first stage
     seq: int
     micro_batch: int  # sequences
     optimizer: OptimizerConfig
@@ -56,6 +75,24 @@ class TrainJob:
     pipeline: Pipeline = ONE_CHUNK
     numerics: Numerics = PLAIN
     skip_steps: frozenset[int] = frozenset()  # whose batch did harm: no update is made of it
+    evaluation: Evaluation | None = None
+    stages: tuple[BatchStage, ...] = ()  # later ones, in their order
+    metrics: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # tensorboard: folder; wandb: what its init takes
+
+    def at(self, step: int) -> "TrainJob":
+        """The same with the batch of the step that follows `step` completed ones."""
+        begun = [stage for stage in self.stages if stage.after_steps <= step]
+        if not begun:
+            return self
+        now = begun[-1]
+        return replace(self, global_tokens=now.global_tokens, seq=now.seq, micro_batch=now.micro_batch)
+
+    def tokens(self, steps: int) -> int:
+        """That so many steps train on."""
+        edges = [0, *(min(stage.after_steps, steps) for stage in self.stages), steps]
+        return sum(self.at(a).global_tokens * (b - a) for a, b in pairwise(edges))
 
     @property
     def sequences(self) -> int:
@@ -109,7 +146,7 @@ class TrainJob:
             batch = value["batch"]
             job = cls(
                 id=value["job"], attempt=value.get("attempt", 1), layout=layout,
-                replicas=value.get("virtual_dp") or layout.dp, shape=_shape(value["model"]),
+                replicas=value.get("virtual_dp") or layout.dp, shape=ModelShape.of(value["model"]),
                 data=value.get("data") or {}, steps=value["steps"], global_tokens=batch["global_tokens"],
                 seq=batch["seq"], micro_batch=batch.get("micro_batch") or batch.get("micro") or 1,
                 optimizer=OptimizerConfig.parse(value.get("optimizer") or {}), seed=value.get("seed", 0),
@@ -121,6 +158,9 @@ class TrainJob:
                 pipeline=Pipeline(**(value.get("pipeline") or {})),
                 numerics=Numerics(**(value.get("numerics") or {})),
                 skip_steps=frozenset(value.get("skip_steps") or ()),
+                evaluation=Evaluation(**value["evaluation"]) if value.get("evaluation") else None,
+                metrics=value.get("metrics") or {},
+                stages=tuple(BatchStage(**stage) for stage in batch.get("stages") or ()),
             )  # fmt: skip
         except KeyError as error:
             raise InputError(f"the job has no {error}", where="job file") from error
@@ -129,6 +169,11 @@ class TrainJob:
 
     def check(self) -> None:
         check_layout(self.shape, self.layout, self.replicas, self.pipeline.chunks)
+        for step in (0, *(stage.after_steps for stage in self.stages)):
+            self.at(step)._check_batch()
+        self._check_options()
+
+    def _check_batch(self) -> None:
         for number, noun, part, reason in (
             (self.global_tokens, "tokens of a step", self.seq, "the length of a sequence"),
             (self.sequences, "sequences of a step", self.replicas, "the number of replicas"),
@@ -152,7 +197,6 @@ class TrainJob:
                 f"sequences of {self.seq:,} tokens are too long", where="batch.seq",
                 why=f"the model has positions up to {self.shape.max_seq:,}", next="Raise model.max_seq.",
             )  # fmt: skip
-        self._check_options()
 
     def _check_options(self) -> None:
         schedule, chunks = self.pipeline.schedule, self.pipeline.chunks
@@ -164,6 +208,8 @@ class TrainJob:
         ):
             if word not in known:
                 raise InputError(f"there is no {word!r}", where=where, next=f"Known: {', '.join(known)}.")
+        if self.numerics.float8:
+            check_shape(self.shape, self.layout, self.numerics.precision)
         if schedule == "1f1b" and chunks > 1:
             raise InputError(
                 f"{chunks} chunks a rank", where="pipeline.chunks", why="1f1b knows one",
@@ -189,8 +235,3 @@ def _branches(value: Mapping[str, Any]) -> Iterator[Branch]:
     for attempt, parent, step in value.get("lineage") or ():
         start = Point(step=Step(step), attempt=Attempt(parent)) if parent else None
         yield Branch(job=JobId(value["job"]), attempt=Attempt(attempt), parent=start)
-
-
-def _shape(model: Mapping[str, Any]) -> ModelShape:
-    known = {field.name for field in fields(ModelShape)}
-    return ModelShape(**{name: value for name, value in model.items() if name in known})

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_E4M3_MAX, _TINY = 448.0, 1e-12
+
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """[n, dim] -> [n, 1] in fp32."""
@@ -58,6 +60,13 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return out
 
 
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, k] -> e4m3 numbers, and for each row the power of two that they are multiples of, [n, 1] fp32."""
+    top = x.abs().amax(dim=1, keepdim=True).float().clamp(min=_TINY)
+    scale = torch.exp2(torch.ceil(torch.log2(top / _E4M3_MAX)))
+    return (x.float() / scale).to(torch.float8_e4m3fn).contiguous(), scale
+
+
 def _rotated_compiled(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin * sign, b * cos + a * sin * sign), dim=-1)
@@ -76,6 +85,7 @@ class Kernels:
     rotated: Callable[..., Tensor] = rotated
     swiglu: Callable[..., Tensor] = swiglu
     swiglu_backward: Callable[..., Tensor] = swiglu_backward
+    quantised: Callable[..., tuple[Tensor, Tensor]] = quantised
 
     @classmethod
     def compiled(cls) -> "Kernels":
@@ -87,7 +97,7 @@ class Kernels:
         return cls(
             inverse_rms=one(inverse_rms), normed=one(normed), norm_backward=one(norm_backward),
             rotated=one(_rotated_compiled), swiglu=one(swiglu),
-            swiglu_backward=one(_swiglu_backward_compiled),
+            swiglu_backward=one(_swiglu_backward_compiled), quantised=one(quantised),
         )  # fmt: skip
 
 

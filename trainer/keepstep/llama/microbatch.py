@@ -5,6 +5,7 @@ boundaries and positions never travel; only activations do.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +57,23 @@ class Rotation:
     """Tables of cos and sin by position, [max_seq, head_dim/2]."""
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
-        exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-        angles = torch.outer(torch.arange(shape.max_seq).float(), 1.0 / shape.rope_theta**exponent)
+        angles = torch.outer(torch.arange(shape.max_seq).float(), frequencies(shape))
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def frequencies(shape: ModelShape) -> Tensor:
+    """[head_dim/2] radians a position, of the rotary pairs."""
+    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    plain = 1.0 / shape.rope_theta**exponent
+    if (scaling := shape.rope_scaling) is None:
+        return plain
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - kept) * plain / scaling.factor + kept * plain
 
 
 def targets_of(sequences: Sequences) -> Tensor:

@@ -21,6 +21,7 @@ from keepstep.core.footprint import LOGITS
 from keepstep.core.layout import stage_layers
 from keepstep.llama.attention import attend
 from keepstep.llama.flat import FlatState
+from keepstep.llama.float8 import multiply8
 from keepstep.llama.kernels import PLAIN, Kernels
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.shape import ModelShape
@@ -49,6 +50,11 @@ class Means:
     kernels: Kernels = PLAIN
     recompute: str = "none"
     units: Mapping[str, Sharded] = field(default_factory=dict)  # by name; none: nothing comes and goes
+    float8: bool = False
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A product of a layer's matrix with activations, or with their gradients."""
+        return multiply8(x, weight, self.kernels.quantised) if self.float8 else multiply(x, weight)
 
     @property
     def keep(self) -> bool:
@@ -65,7 +71,7 @@ class _NormColumn(Function):
         whole = means.tp.gather(means.kernels.normed(x, inverse, norm.weight))
         ctx.save_for_backward(x, inverse, whole if means.keep else None)
         ctx.of = norm, matrix, means
-        return multiply(whole, matrix.weight)
+        return means.multiply(whole, matrix.weight)
 
     @staticmethod
     @once_differentiable
@@ -74,7 +80,7 @@ class _NormColumn(Function):
         norm, matrix, means = ctx.of
         if whole is None:
             whole = means.tp.gather(means.kernels.normed(x, inverse, norm.weight))
-        dnormed = means.tp.scatter_sum(multiply(dy, matrix.weight.t()))
+        dnormed = means.tp.scatter_sum(means.multiply(dy, matrix.weight.t()))
         matrix.grad.add_(multiply(dy.t(), whole.t()))
         dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
         norm.grad.add_(dweight)
@@ -89,7 +95,7 @@ class _SwiGluRow(Function):
         hidden = means.kernels.swiglu(gate_up)
         ctx.save_for_backward(gate_up, hidden if means.keep else None)
         ctx.of = matrix, means
-        return means.tp.scatter_sum(multiply(hidden, matrix.weight))
+        return means.tp.scatter_sum(means.multiply(hidden, matrix.weight))
 
     @staticmethod
     @once_differentiable
@@ -100,7 +106,7 @@ class _SwiGluRow(Function):
             hidden = means.kernels.swiglu(gate_up)
         dy = means.tp.gather(dy)
         matrix.grad.add_(multiply(dy.t(), hidden.t()))
-        return means.kernels.swiglu_backward(multiply(dy, matrix.weight.t()), gate_up), None, None
+        return means.kernels.swiglu_backward(means.multiply(dy, matrix.weight.t()), gate_up), None, None
 
 
 class _Rotate(Function):
@@ -232,7 +238,8 @@ class Layer:
         else:
             k, v = _GatheredContext.apply(torch.stack((k, v), dim=1), batch.order, means.cp).unbind(1)
         mixed = attend(q, k, v, batch)
-        return row_linear(mixed.reshape(len(mixed), -1), self.wo.weight, self.wo.grad, means.tp)
+        mixed = mixed.reshape(len(mixed), -1)
+        return row_linear(mixed, self.wo.weight, self.wo.grad, means.tp, means.multiply)
 
 
 class Stage:

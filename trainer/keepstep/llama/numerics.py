@@ -16,6 +16,7 @@ class Numerics:
     recompute: str = "none"
     shard: str = "optimizer"  # what ranks of DP x CP share out: see sharding.py
     compile: bool = False  # the element-wise parts of each block, by torch.compile
+    float8: bool = False  # products of the layers' matrices: see float8.py
     deterministic: bool = False  # the same bits in every run of one layout; on CPU it is always so
 
 

@@ -7,10 +7,12 @@ list the same messages in the same order, as NCCL wants it, and data travels whi
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.model import Stage
@@ -20,7 +22,7 @@ from keepstep.session import Phase, Session
 
 
 class Runner:
-    """Forward and backward of micro-batches that all have the same size."""
+    """Forward and backward of micro-batches. All of a run have the same size."""
 
     def __init__(
         self,
@@ -29,22 +31,43 @@ class Runner:
         session: Session,
         *,
         pipeline: Pipeline,
-        micro_batches: int,
-        edge: Tensor,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """`stages`: one a chunk. `edge`: like the activations between stages, [tokens / cp / tp, dim]."""
-        self._stages, self._group, self._session, self._edge = stages, groups.pp, session, edge
-        pp = groups.layout.pp
+        """`stages`: one a chunk. Activations between them are [tokens / cp / tp, dim]."""
+        self._stages, self._group, self._session, self._pipeline = stages, groups.pp, session, pipeline
+        self._dim, self._dtype, self._device, self._layout = dim, dtype, device, groups.layout
         self._rank, self._ring = groups.at.pp, groups.layout.group("pp", groups.rank)
-        self._ticks = timetable([pipeline.passes(pp, rank, micro_batches) for rank in range(pp)])
+        self._timetables: dict[tuple[int, bool], list[Tick]] = {}
+        self._phase, self._edge = Phase.FORWARD, (0, dim)  # of the present run
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._coming: dict[Pass, tuple[dist.Work, Tensor, int]] = {}
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (micro-batch, chunk): input, output
 
-    def run(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """The loss of each; zero on all ranks but those of the last stage."""
-        losses = torch.zeros(len(batches), device=self._edge.device)
-        for tick in self._ticks:
+    def run(self, batches: Sequence[MicroBatch], *, learns: bool = True) -> Tensor:
+        """The loss of each; zero on all ranks but those of the last stage.
+
+        Where nothing is learnt, there are forward passes alone.
+        """
+        losses = torch.zeros(len(batches), device=batches[0].tokens.device)
+        self._edge = len(batches[0].tokens) // self._layout.tp, self._dim
+        self._phase = Phase.FORWARD if learns else Phase.EVALUATION
+        with torch.set_grad_enabled(learns):
+            self._run(batches, self._timetable(len(batches), learns=learns), losses)
+        return losses
+
+    def _timetable(self, micro_batches: int, *, learns: bool) -> list[Tick]:
+        key, pp = (micro_batches, learns), self._layout.pp
+        if key not in self._timetables:
+            orders = [self._pipeline.passes(pp, rank, micro_batches) for rank in range(pp)]
+            if not learns:
+                orders = [[one for one in order if not one.backward] for order in orders]
+            self._timetables[key] = timetable(orders)
+        return self._timetables[key]
+
+    def _run(self, batches: Sequence[MicroBatch], ticks: Sequence[Tick], losses: Tensor) -> None:
+        for tick in ticks:
             one, made = tick[self._rank], None
             if one is not None and one.backward:
                 made = self._backward(one)
@@ -56,14 +79,15 @@ class Runner:
                 self._exchange(tick, made)
         while self._sent:
             self._sent.popleft()[0].wait()
-        return losses
 
     def _forward(self, one: Pass, batch: MicroBatch) -> Tensor:
         stage = self._stages[one.chunk]
-        self._session.phase(Phase.FORWARD, micro_batch=one.micro_batch)
-        x = batch.tokens if stage.first else self._received(one).requires_grad_()
+        self._session.phase(self._phase, micro_batch=one.micro_batch)
+        learns = self._phase is Phase.FORWARD
+        x = batch.tokens if stage.first else self._received(one).requires_grad_(learns)
         y = stage(x, batch=batch)
-        self._held[one.micro_batch, one.chunk] = x, y
+        if learns:
+            self._held[one.micro_batch, one.chunk] = x, y
         return y.detach()
 
     def _backward(self, one: Pass) -> Tensor | None:
@@ -71,7 +95,7 @@ class Runner:
         self._session.phase(Phase.BACKWARD, micro_batch=one.micro_batch)
         dy = None if self._stages[one.chunk].last else self._received(one)
         x, y = self._held.pop((one.micro_batch, one.chunk))
-        torch.autograd.backward(y, dy)
+        torch.autograd.backward(y if dy is None else _Fed.apply(y, dy))
         return x.grad
 
     def _received(self, one: Pass) -> Tensor:
@@ -106,6 +130,19 @@ class Runner:
 
     def _buffer(self, message: Message, made: Tensor | None) -> Tensor:
         if message.sender != self._rank:
-            return torch.empty_like(self._edge)
+            return torch.empty(self._edge, dtype=self._dtype, device=self._device)
         assert made is not None
         return made.contiguous()
+
+
+class _Fed(Function):
+    """A number whose backward pass hands dy to y: where gradients are given, autograd imports SymPy."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
+        ctx.dy = dy
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.dy, None

@@ -4,8 +4,23 @@ Everything here is arithmetic; torch is not imported. Names of parameters are ca
 on the pipeline stage nor on the tensor shard, so that a checkpoint of one layout fits every other.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's rotary frequencies, for sequences longer than those that most of the training saw.
+
+    A wave that turns at least `high_freq_factor` times within the original length keeps its frequency; one
+    that turns at most `low_freq_factor` times is slower by `factor`; between them it is interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +36,16 @@ class ModelShape:
     max_seq: int  # tokens; positions beyond it have no rotation
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "ModelShape":
+        """From JSON, of a job or a checkpoint; what is no size is passed over."""
+        known = {field.name for field in fields(cls)}
+        kept = {name: value for name, value in values.items() if name in known}
+        if scaling := kept.get("rope_scaling"):
+            kept["rope_scaling"] = RopeScaling(**scaling)
+        return cls(**kept)
 
     @property
     def head_dim(self) -> int:

@@ -11,6 +11,7 @@ Gradients of weights are added into flat fp32 buffers by the backward functions 
 carries gradients of activations. With one rank nothing here communicates.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,24 +99,29 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 class _Row(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: Peers, product: Callable[..., Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.of = weight, grad, tp  # a weight is written to between the two passes where it is gathered twice
-        return tp.scatter_sum(multiply(x, weight))
+        # Not saved: a weight is written to between the two passes where it is gathered twice.
+        ctx.of = weight, grad, tp, product
+        return tp.scatter_sum(product(x, weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        weight, grad, tp = ctx.of
+        weight, grad, tp, product = ctx.of
         dy = tp.gather(dy)
         grad.add_(multiply(dy.t(), x.t()))
-        return multiply(dy, weight.t()), None, None, None
+        return product(dy, weight.t()), None, None, None, None
 
 
-def row_linear(x: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
+def row_linear(
+    x: Tensor, weight: Tensor, grad: Tensor, tp: Peers, product: Callable[..., Tensor] = multiply
+) -> Tensor:
     """[tokens, in/tp] -> [tokens/tp, out]; grad [out, in/tp] is added to in the backward pass."""
-    return _Row.apply(x, weight, grad, tp)  # type: ignore[no-any-return]
+    return _Row.apply(x, weight, grad, tp, product)  # type: ignore[no-any-return]
 
 
 class _Embedding(Function):

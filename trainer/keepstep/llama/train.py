@@ -12,19 +12,22 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed import ProcessGroup
 
 from keepstep.core import cadence
 from keepstep.core.errors import InputError, KeepstepError
 from keepstep.llama import memory, parallel
-from keepstep.llama.data import Corpus
+from keepstep.llama.data import Corpus, Cut
+from keepstep.llama.evaluation import Evaluator, Validation
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import Checkpointing, TrainJob
 from keepstep.llama.memory import Snapshots
+from keepstep.llama.metrics import Metrics, writers_of
 from keepstep.llama.optimizer import Update
 from keepstep.llama.tokenizer import open_tokenizer
 from keepstep.llama.trainer import Rates, Trainer
@@ -69,27 +72,55 @@ def run(job: TrainJob, session: Session) -> int:
     session.phase(Phase.RENDEZVOUS)
     groups = parallel.join(job.layout, device, timeout_s=job.timeout_s)
     session.phase(Phase.RESTORING)
-    corpus = Corpus.open(
-        job.data.get("source", "stdlib"), job.data.get("path"),
-        seed=job.data.get("seed", job.seed), seq=job.seq, sequences_per_step=job.sequences,
-        tokenizer=open_tokenizer(tokenizer) if (tokenizer := job.data.get("tokenizer")) else None,
-        weights=job.data.get("weights"),
-    )  # fmt: skip
-    corpus.check_vocabulary(job.shape.vocabulary)
+    corpus = open_corpus(job, job.data)
+    evaluated = None if job.evaluation is None else evaluation_text(job, corpus)
     trainer = Trainer(job, groups, corpus, device=device, session=session)
     beside = functools.cache(lambda: parallel.beside(groups, timeout_s=job.timeout_s))
     snapshots = Snapshots(
         job, trainer.state, session,
-        lambda step: {"tokens": step * job.global_tokens, "data": corpus.position(step)},
+        lambda step: {"tokens": job.tokens(step), "data": corpus.position(step)},
     )  # fmt: skip
     begin(trainer, corpus, beside, snapshots)
+    metrics = Metrics(writers_of(job, trainer.state.step) if trainer.reports else {})
     keeper = Keeper(trainer, corpus, beside)
-    stopped = _loop(trainer, keeper, snapshots, stop)
+    examiner = Examiner(trainer, evaluated, metrics)
+    stopped = _loop(trainer, keeper, snapshots, examiner, metrics, stop)
     keeper.finish()
+    if not stopped:
+        examiner.evaluate()
+    metrics.close()
     snapshots.close()
     session.phase(Phase.FINISHED)
     parallel.leave()
     return STOPPED if stopped else 0
+
+
+def open_corpus(job: TrainJob, data: Mapping[str, Any]) -> Corpus:
+    tokenizer = data.get("tokenizer")
+    corpus = Corpus.open(
+        data.get("source", "stdlib"), data.get("path"), seed=data.get("seed", job.seed), seq=job.seq,
+        sequences_per_step=job.sequences, tokenizer=open_tokenizer(tokenizer) if tokenizer else None,
+        weights=data.get("weights"), holdout=data.get("holdout") or 0.0,
+        stages=[
+            Cut(after_steps=stage.after_steps, seq=stage.seq, sequences=stage.global_tokens // stage.seq)
+            for stage in job.stages
+        ],
+    )  # fmt: skip
+    corpus.check_vocabulary(job.shape.vocabulary)
+    return corpus
+
+
+def evaluation_text(job: TrainJob, corpus: Corpus) -> Corpus:
+    """The text to evaluate on: data of its own, else what is held out of the training text."""
+    assert job.evaluation is not None
+    if job.evaluation.data is not None:
+        return open_corpus(job, job.evaluation.data)
+    if not corpus.held:
+        raise InputError(
+            "there is nothing to evaluate on", where="evaluation",
+            next="Hold documents out with data.holdout, or name other text under evaluation.data.",
+        )  # fmt: skip
+    return corpus.of_held()
 
 
 def begin(trainer: Trainer, corpus: Corpus, beside: Beside, snapshots: Snapshots) -> None:
@@ -114,6 +145,36 @@ def begin(trainer: Trainer, corpus: Corpus, beside: Beside, snapshots: Snapshots
     if job.restore is not None:
         snapshots.resume(state.step)
     trainer.session.resumed(state.step)
+
+
+class Examiner:
+    """Evaluates after every so many steps, and at the end; says nothing where that is not wanted."""
+
+    def __init__(self, trainer: Trainer, text: Corpus | None, metrics: Metrics) -> None:
+        self._trainer, self._metrics, config = trainer, metrics, trainer.job.evaluation
+        self._every, self._evaluator = 0, None
+        if config is not None and text is not None:
+            self._every = config.every_steps
+            self._evaluator = Evaluator(trainer, text, sequences=config.sequences)
+
+    def before_step(self) -> None:
+        """Also before the first step after a restart: its evaluation may not have been completed."""
+        if self._every and (step := self._trainer.state.step) and step % self._every == 0:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        if self._evaluator is None:
+            return
+        trainer = self._trainer
+        found = self._evaluator.evaluate()
+        trainer.session.phase(Phase.NONE)  # it is complete
+        if trainer.reports:
+            _leave_evaluation(found)
+            sys.stdout.write(validation_line(found, trainer.job.steps) + "\n")
+            sys.stdout.flush()
+            parts = found.by_source if len(found.by_source) > 1 else {}
+            by_source = {f"validation/{source}": loss for source, loss in parts.items()}
+            self._metrics.write(found.step, {"validation/loss": found.loss, **by_source})
 
 
 class Keeper:
@@ -166,16 +227,24 @@ class Keeper:
                 group=self._beside(), session=trainer.session, keep=config.keep, wait_s=job.timeout_s,
             )  # fmt: skip
         begun = time.monotonic()
-        self._saver.save(step, tokens=step * job.global_tokens, data=self._corpus.position(step))
+        self._saver.save(step, tokens=job.tokens(step), data=self._corpus.position(step))
         self._last = time.monotonic()
         self._cost_s = self._last - begun
         return self._saver
 
 
-def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSignal) -> bool:
+def _loop(
+    trainer: Trainer,
+    keeper: Keeper,
+    snapshots: Snapshots,
+    examiner: Examiner,
+    metrics: Metrics,
+    stop: StopSignal,
+) -> bool:
     """Steps until all are done (False) or a rank was told to stop (True)."""
     job, session, state, first = trainer.job, trainer.session, trainer.state, True
     while state.step < job.steps:
+        examiner.before_step()
         started = time.perf_counter()
         update = trainer.step((stop.came, keeper.due), says=lambda: snapshots.says, gate=snapshots.complete)
         snapshots.heard(update.least)
@@ -195,11 +264,25 @@ def _loop(trainer: Trainer, keeper: Keeper, snapshots: Snapshots, stop: StopSign
                     f"rank {session.rank} holds {trainer.held()} (at most {trainer.expected()})\n"
                 )
                 first = False
+            metrics.write(state.step, figures(job, state.step, update, rates))
         told_to_stop, save_due = update.asks
         if told_to_stop:
             return True
         keeper.after_step(wanted=save_due)
     return False
+
+
+def figures(job: TrainJob, step: int, update: Update, rates: Rates) -> dict[str, float]:
+    """Of the update that made `step` completed steps."""
+    trained = {"train/loss": update.loss, "train/grad_norm": update.grad_norm}
+    return {
+        **({} if update.skipped else trained),
+        "train/learning_rate": job.optimizer.lr_at(step - 1, job.steps),
+        "train/tokens": float(job.tokens(step)),
+        "speed/tokens_per_s": rates.tokens_per_s,
+        "speed/tflops": rates.tflops,
+        "speed/mfu": rates.mfu,
+    }
 
 
 def line(step: int, steps: int, update: Update, rates: Rates) -> str:
@@ -211,12 +294,26 @@ def line(step: int, steps: int, update: Update, rates: Rates) -> str:
     )
 
 
+def validation_line(found: Validation, steps: int) -> str:
+    """step 40/120 validation loss 2.931 (code 2.104, web 3.758)"""
+    parts = ", ".join(f"{source} {loss:.3f}" for source, loss in found.by_source.items())
+    each = f" ({parts})" if len(found.by_source) > 1 else ""
+    return f"step {found.step}/{steps} validation loss {found.loss:.3f}{each}"
+
+
 def _scaled(value: float, unit: str = "") -> str:
     """Three digits and a prefix: 3.8 k, 1.2 GFLOPs."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".rstrip()
+
+
+def _leave_evaluation(found: Validation) -> None:
+    """A line of JSON beside the job's file: the agent takes it from there."""
+    if name := os.environ.get("KEEPSTEP_JOB_FILE"):
+        with Path(name).with_name("evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(found)) + "\n")
 
 
 def _leave_word(message: str, trace: str) -> None:

@@ -13,9 +13,10 @@ from keepstep.core.beacon import Trouble
 from keepstep.core.footprint import Footprint, footprint
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
+from keepstep.llama.float8 import check_device
 from keepstep.llama.job import TrainJob
 from keepstep.llama.kernels import Kernels
-from keepstep.llama.microbatch import Rotation, Sequences, Share, micro_batches, targets_of
+from keepstep.llama.microbatch import MicroBatch, Rotation, Sequences, Share, micro_batches, targets_of
 from keepstep.llama.model import Means, Stage
 from keepstep.llama.numerics import Numerics
 from keepstep.llama.optimizer import ShardedAdamW, Update
@@ -57,6 +58,7 @@ class Trainer:
         """`ahead`: where parameters are sharded, a unit's weights travel while another computes; None: on
         CUDA."""
         self.job, self.groups, self.source, self.session = job, groups, source, session
+        self.now = job  # with the batch of the present stage
         self.dtype = _dtype(job.numerics, device)
         ahead = device.type == "cuda" if ahead is None else ahead
         if job.numerics.deterministic:
@@ -75,8 +77,10 @@ class Trainer:
         self.rotation = Rotation(job.shape, device)
         tp, cp = Peers(groups.tp, session), Peers(groups.cp, session, along="cp")
         kernels = Kernels.compiled() if job.numerics.compile else Kernels()
+        if job.numerics.float8:
+            check_device(device)
         means = Means(
-            tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute,
+            tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute, float8=job.numerics.float8,
             units=sharded(self.state, self.optimizer.weights, self.optimizer.gradients),
         )  # fmt: skip
         self.share = Share(job.layout.cp, at.cp)
@@ -86,16 +90,11 @@ class Trainer:
             for chunk in range(chunks)
         ]
         self.counts_loss = stages[-1].last and at.tp == 0
-        edge = torch.empty(
-            job.micro_batch * job.seq // (cp.size * tp.size), job.shape.dim, dtype=self.dtype, device=device
-        )
         # Replicas one after the other, or their micro-batches by turns: see sharding.py.
-        mine = self.optimizer.gradients.mine
-        self.turns = mine if self.state.gradients_sharded else 1
+        self.turns = self.optimizer.gradients.mine if self.state.gradients_sharded else 1
         self.runner = Runner(
-            stages, groups, session, pipeline=job.pipeline, micro_batches=job.micro_batches * self.turns,
-            edge=edge,
-        )  # fmt: skip
+            stages, groups, session, pipeline=job.pipeline, dim=job.shape.dim, dtype=self.dtype, device=device
+        )
 
     @property
     def reports(self) -> bool:
@@ -115,6 +114,7 @@ class Trainer:
         just before the update.
         """
         job, state = self.job, self.state
+        self.enter(state.step)
         self.session.phase(Phase.DATA)
         mine = self.optimizer.gradients.mine
         shares = [self._share(replica) for replica in range(mine)]
@@ -124,12 +124,9 @@ class Trainer:
         self.optimizer.gradients.begin(gate)
         for first in range(0, mine, self.turns):
             batches = [
-                micro_batches(
-                    shares[replica], targets[replica], size=job.micro_batch, scale=scale,
-                    rotation=self.rotation, dtype=self.dtype, share=self.share,
-                )
+                self.cut(shares[replica], targets[replica], scale=scale)
                 for replica in range(first, first + self.turns)
-            ]  # fmt: skip
+            ]
             if not state.gradients_sharded:
                 state.grads.zero_()
             of_batches = self.runner.run([batch for turn in zip(*batches, strict=True) for batch in turn])
@@ -188,24 +185,34 @@ class Trainer:
         )  # fmt: skip
 
     def expected(self) -> Footprint:
-        """What it was to hold, at most: core.footprint."""
+        """What it was to hold, at most, in the present stage: core.footprint."""
         job, cuda = self.job, self.state.state.is_cuda
-        training = job.training(element=self.dtype.itemsize, cuda=cuda)
+        training = self.now.training(element=self.dtype.itemsize, cuda=cuda)
         return footprint(job.shape, job.layout, self.groups.rank, training)
 
+    def enter(self, step: int) -> None:
+        """The stage of the step that follows `step` completed ones."""
+        self.now = self.job.at(step)
+
     def rates(self, elapsed_s: float) -> Rates:
-        """Of one step that took this long."""
-        job = self.job
+        """Of one step of the present stage that took this long."""
+        job = self.now
         tokens_per_s = job.global_tokens / elapsed_s
         flops = job.shape.flops_per_token(job.seq) * tokens_per_s / job.layout.world_size
         return Rates(
             tokens_per_s=tokens_per_s, tflops=flops / 1e12, mfu=flops / peak(self.state.grads.device)
         )
 
+    def cut(self, sequences: Sequences, targets: torch.Tensor, *, scale: float) -> list[MicroBatch]:
+        return micro_batches(
+            sequences, targets, size=self.now.micro_batch, scale=scale, rotation=self.rotation,
+            dtype=self.dtype, share=self.share,
+        )  # fmt: skip
+
     def _share(self, replica: int) -> Sequences:
         """The sequences of one of this rank's replicas."""
         number = replica * self.job.layout.dp + self.groups.at.dp
-        count = self.job.sequences_per_replica
+        count = self.now.sequences_per_replica
         return Sequences.of(self.source.sequences(self.state.step, number * count, (number + 1) * count))
 
     def _valid(self, targets: list[torch.Tensor]) -> int:

@@ -13,9 +13,17 @@
         snapshots.take(step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 Every rank calls `take` for the same steps, each with what it needs to go on: a replica its state, a rank
-with a shard its shard. The job's spec says for how many of them something is done, and turns it on
-(checkpoint.snapshot_every: 1 step, say). Outside keepstep, or where
-there is too little memory, nothing happens and the script's own checkpoints are what there is.
+with a shard its shard. Of a DTensor (FSDP2, tensor parallel) the rank's own part is kept, and becomes one
+again where `restore` is shown a state that is laid out the same:
+
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    if (found := snapshots.restore(like=state)) is not None:
+        first, state = found
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+The job's spec says for how many steps something is done, and turns it on (checkpoint.snapshot_every: 1 step,
+say). Outside keepstep, or where there is too little memory, nothing happens and the script's own checkpoints
+are what there is.
 """
 
 import os
@@ -29,7 +37,7 @@ from keepstep.core.snapshots import Shape, Stamp
 from keepstep.session.carrier import EVERY, FOLDER, Carrier
 from keepstep.session.progress import Session
 from keepstep.session.slots import NOTHING, Says, Slots
-from keepstep.session.tree import Packed, unpack
+from keepstep.session.tree import Packed, sharded, unpack
 
 _DESCRIPTION_BYTES = 1 << 16  # at least: values of a state may grow
 
@@ -46,8 +54,10 @@ class Snapshots:
         self._group: dist.ProcessGroup | None = None
         self._resumed = -1
 
-    def restore(self) -> tuple[int, Any] | None:
+    def restore(self, like: Any = None) -> tuple[int, Any] | None:
         """Completed steps and state that this attempt begins from; None: it begins from what the script has.
+
+        Where `like` has a DTensor, so has the state.
 
         Errors: Unreachable, Refused when the state is in memory and this rank cannot get it.
         """
@@ -65,7 +75,7 @@ class Snapshots:
         self._shape = found.shape
         self._resumed, state = unpack(found.description, found.payload)
         self._session.resumed(self._resumed)
-        return self._resumed, state
+        return self._resumed, sharded(state, like)
 
     def take(self, step: int, state: Any) -> bool:
         """Keep the state after `step` completed steps. False: this one was skipped.

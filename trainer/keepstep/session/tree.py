@@ -101,3 +101,20 @@ def _unwrap(value: Any, tensor: Callable[[int], torch.Tensor]) -> Any:
         case list():
             return [_unwrap(item, tensor) for item in value]
     return value
+
+
+def sharded(state: Any, like: Any) -> Any:
+    """A restored state in which a rank's shards are DTensors again, laid out as those of `like` are."""
+    match state, like:
+        case torch.Tensor(), torch.Tensor() if hasattr(like, "to_local"):
+            from torch.distributed.tensor import DTensor
+
+            own: Any = like
+            return DTensor.from_local(
+                state.to(own.device), own.device_mesh, own.placements, shape=own.shape, stride=own.stride()
+            )
+        case dict(), dict():
+            return {key: sharded(item, like.get(key)) for key, item in state.items()}
+        case (list(), list()) | (tuple(), tuple()):
+            return type(state)(sharded(item, own) for item, own in zip(state, like, strict=True))
+    return state

@@ -123,7 +123,7 @@ def _meet(bench: Bench, deadline_s: float) -> Measured:
 def _shape(asked: argparse.Namespace) -> together.Shape:
     if not asked.model:
         return together.SMALL
-    model = ModelShape(**json.loads(asked.model))
+    model = ModelShape.of(json.loads(asked.model))
     return together.Shape(model=model, tp=asked.tp, seq=min(asked.seq, model.max_seq))
 
 

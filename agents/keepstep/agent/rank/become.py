@@ -9,6 +9,7 @@ the rank starts cold.
 """
 
 import builtins
+import functools
 import gc
 import importlib
 import io
@@ -97,6 +98,18 @@ def contradiction(early: Mapping[str, str | None], reads: Iterable[str], given: 
     return ""
 
 
+@functools.cache
+def inventory() -> tuple[frozenset[str], tuple[Callable[[], None], ...]]:
+    """What was loaded when this was first asked: names, and what some modules want called in a rank.
+
+    Asked before the first fork: a rank that looks at two thousand modules copies the page of each.
+    """
+    found = (
+        getattr(module, "__dict__", {}).get("__keepstep_resume__") for module in list(sys.modules.values())
+    )
+    return frozenset(sys.modules), tuple(resume for resume in found if resume is not None)
+
+
 def become(script: Script, loaded: Loaded) -> NoReturn:
     """Turn this process into the script and end as it ends."""
     gc.collect()  # what the parent's frames held goes now, before descriptors are used again
@@ -113,11 +126,12 @@ def become(script: Script, loaded: Loaded) -> NoReturn:
     importlib.invalidate_caches()
     sys.orig_argv = [*script.interpreter, *script.argv]
     body = _module if script.argv[0] == "-m" else _file
-    account = Account(script.account, dict(os.environ)) if script.account else None
+    preloaded, _ = inventory()
+    account = Account(script.account, dict(os.environ), preloaded) if script.account else None
     if account is not None:
         account.watch()
     leave.run(
-        lambda: body(script.argv), ours=_ours, preloaded=frozenset(sys.modules),
+        lambda: body(script.argv), ours=_ours, preloaded=preloaded,
         at_end=account.tell if account is not None else lambda: None,
     )  # fmt: skip
 
@@ -213,10 +227,8 @@ def _fresh_modules() -> None:
         state.ORIGINAL_DIR = os.getcwd()  # noqa: PTH109
     if "tempfile" in sys.modules:
         vars(sys.modules["tempfile"])["tempdir"] = None
-    for module in list(sys.modules.values()):
-        resume: Callable[[], None] | None = getattr(module, "__dict__", {}).get("__keepstep_resume__")
-        if resume is not None:
-            resume()  # it looked at the environment when it was loaded, and knows how to look again
+    for resume in inventory()[1]:
+        resume()  # its module looked at the environment when it was loaded, and knows how to look again
 
 
 def _ours(filename: str) -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 import site
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ _STEPS, _LAST_STEP = {1, 10, 100, 1000}, 1000
 
 
 class Account:
-    """`env`: as the script found it."""
+    """`env`: as the script found it. `before`: the modules that were loaded."""
 
-    def __init__(self, file: Path, env: Mapping[str, str]) -> None:
-        self._file, self._env = file, env
-        self._owner = os.getpid()
-        self._before = frozenset(sys.modules)
+    def __init__(self, file: Path, env: Mapping[str, str], before: Set[str]) -> None:
+        self._file, self._env, self._before = file, env, before
+        self._owner, self._last = os.getpid(), next(reversed(sys.modules))
         self._folders = tuple(f"{folder}{os.sep}" for folder in _site_folders())
         self._told: Any = None
         self._steps = 0
@@ -57,12 +56,22 @@ class Account:
             self._hook = None
 
     def _imported(self) -> Iterator[str]:
-        for name, module in list(sys.modules.items()):
-            spec: Any = getattr(module, "__spec__", None)
+        for name in self._since():
+            spec: Any = getattr(sys.modules.get(name), "__spec__", None)
             file = getattr(spec, "origin", None)
-            new = name not in self._before and isinstance(file, str) and file.startswith(self._folders)
-            if new and spec.name == name:
+            if isinstance(file, str) and file.startswith(self._folders) and spec.name == name:
                 yield name
+
+    def _since(self) -> list[str]:
+        """Newest last. What was there before is not even looked at: that would copy its pages."""
+        found = []
+        with suppress(RuntimeError):  # another thread imports: what is missing is told the next time
+            for name in reversed(sys.modules):
+                if name == self._last:
+                    break
+                if name not in self._before:
+                    found.append(name)
+        return found[::-1]
 
     def _set(self) -> Iterator[str]:
         """Names only: values may be secrets."""

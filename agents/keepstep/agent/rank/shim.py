@@ -37,6 +37,7 @@ from .rendezvous import Store
 
 FORGOTTEN_S = 600.0  # prepared, and no agent has been connected for so long: nobody will say go
 _ROUND_S, _ROUND_S_MAX = 0.01, 1.0  # between two rounds of killing
+_DYING_S = 0.05  # the same while ranks that were killed are on their way out: their exits wake the loop
 _FAREWELL_S = 2.0  # for the last push to be taken
 _MAIN = str(Path(__file__).with_name("__main__.py"))
 
@@ -287,7 +288,8 @@ class Shim:
                 self._gang.exited(pid, status, at_ns)
         if exits and self._purge is None:
             self._count()
-        self._round_s = 0.0 if exits else self._round_s
+        if exits and not self._gang.running:
+            self._round_s = 0.0
 
     def _advance(self) -> None:
         now = time.monotonic()
@@ -306,7 +308,8 @@ class Shim:
                     self._kill()
         if self._purge is not None and now >= self._round_s:
             self._alive = self._purge.round(self._victims())
-            self._round_s = time.monotonic() + self._pause_s
+            pause_s = max(self._pause_s, _DYING_S) if self._gang.running else self._pause_s
+            self._round_s = time.monotonic() + pause_s
             self._pause_s = min(self._pause_s * 1.1, _ROUND_S_MAX)
             if self._alive == 0 and not self._gang.running and _childless():  # nor is the store left
                 self._phase = "dead"

@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import ahead, lines, preload, processes, shim
-from .become import Loaded
+from . import ahead, become, lines, preload, processes, shim
 from .marker import PLACEHOLDER, overwrite
 from .protocol import LOG as SHIM_LOG
 from .protocol import MARKER, write_atomically
@@ -48,6 +47,7 @@ def main(directory: Path) -> None:
             server = Server(directory, crew.loaded, crew.outcome, lock, crew)
         else:
             loaded, outcome = load(wanted)
+            become.inventory()
             gc.collect()
             gc.freeze()
             server = Server(directory, loaded, outcome, lock)
@@ -58,12 +58,12 @@ def main(directory: Path) -> None:
     server.serve()
 
 
-def load(wanted: preload.Wanted) -> tuple[Loaded, preload.Outcome]:
+def load(wanted: preload.Wanted) -> tuple[become.Loaded, preload.Outcome]:
     """Import what is wanted, and keep what a launch is compared with."""
     block = Path("/proc/self/environ").read_bytes().split(b"\0")
     start = dict(os.fsdecode(entry).partition("=")[::2] for entry in block if entry)
     outcome = preload.load(wanted)
-    loaded = Loaded(
+    loaded = become.Loaded(
         interpreter=_interpreter(),
         env={name: value for name, value in start.items() if name != MARKER},
         changes={name: value for name, value in os.environ.items() if start.get(name) != value},
@@ -85,7 +85,7 @@ class Server:
     def __init__(
         self,
         directory: Path,
-        loaded: Loaded,
+        loaded: become.Loaded,
         outcome: preload.Outcome,
         lock: int,
         crew: ahead.Crew | None = None,

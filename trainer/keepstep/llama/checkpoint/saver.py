@@ -13,21 +13,19 @@ good one stays. A second save waits for the first, on every rank alike, so that 
 which save they are in.
 """
 
+import itertools
 import logging
 import queue
 import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
 
 from keepstep.core import durable
 from keepstep.core.checkpoints import (
@@ -43,8 +41,16 @@ from keepstep.core.errors import KeepstepError, TimedOut
 from keepstep.core.ids import Attempt, Step
 from keepstep.core.layout import Layout
 from keepstep.core.manifest import File, Manifest
+from keepstep.llama.checkpoint import dcp
 from keepstep.llama.checkpoint.pieces import owned_pieces
-from keepstep.llama.checkpoint.storage import SavePieces, Writer, apart, chunks_of
+from keepstep.llama.checkpoint.storage import (
+    Written,
+    apart,
+    chunks_of,
+    described,
+    write_chunks,
+    write_metadata,
+)
 from keepstep.llama.flat import FlatState
 from keepstep.session import Session
 
@@ -74,11 +80,10 @@ class _Save:
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
+class _Part:
     """One rank's part of a save, as rank 0 hears of it."""
 
-    results: list[WriteResult] = field(default_factory=list)
-    files: dict[str, File] = field(default_factory=dict)
+    written: Written | None = None
     error: str = ""
 
 
@@ -114,9 +119,9 @@ class Saver:
         at = identity.layout.coordinates(self._rank)
         assert at.dp == state.dp_rank, (at, state.dp_rank)
         pieces = [p for p in owned_pieces(state.index, state.dp_rank) if at.tp == 0 or not p.replicated]
-        self._planner = SavePieces([apart(chunk) for chunk in chunks_of(self._copy, pieces)])
-        self._plan: SavePlan | None = None
-        self._metadata: Metadata | None = None
+        self._chunks = [apart(chunk) for chunk in chunks_of(self._copy, pieces)]
+        self._described = False
+        self._metadata: dcp.Metadata | None = None  # on rank 0, without places
         # One thread for all saves: handing it work does not wait for it, starting a thread would.
         self._work: queue.SimpleQueue[_Save | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -202,41 +207,38 @@ class Saver:
             self.failures += 1
 
     def _write(self, save: _Save) -> _Outcome:
-        writer = Writer(save.folder)
-        if self._plan is None:
-            self._make_plan(writer)
-        parts = self._gather(self._write_own(writer, save.folder))
-        return self._tell(None if parts is None else self._commit(writer, save, parts))
+        if not self._described:
+            self._describe()
+        parts = self._gather(self._write_own(save.folder))
+        return self._tell(None if parts is None else self._commit(save, parts))
 
-    def _make_plan(self, writer: Writer) -> None:
-        """Once an attempt: what a rank owns does not change, so plans and layout of files do not either."""
-        plans = self._gather(self._planner.create_local_plan())
-        final: list[SavePlan] | None = None
-        if plans is not None:
-            final, self._metadata = self._planner.create_global_plan(plans)
-            final = writer.prepare_global_plan(final)
-        self._plan = self._scatter(final)
+    def _describe(self) -> None:
+        """Once an attempt: what a rank owns does not change."""
+        chunks = self._gather(described(self._chunks))
+        if chunks is not None:
+            self._metadata = dcp.describe(list(itertools.chain.from_iterable(chunks)))
+        self._described = True
 
-    def _write_own(self, writer: Writer, folder: Path) -> _Written:
-        assert self._plan is not None
+    def _write_own(self, folder: Path) -> _Part:
         try:
             if (folder / MANIFEST).exists():
-                return _Written(error="there is a complete checkpoint of this step and attempt already")
+                return _Part(error="there is a complete checkpoint of this step and attempt already")
             folder.mkdir(parents=True, exist_ok=True)
-            results = writer.write_data(self._plan, self._planner).wait()
+            return _Part(write_chunks(folder, self._rank, self._chunks))
         except (OSError, RuntimeError) as error:  # torch turns some write errors into RuntimeError
-            return _Written(error=_sentence(error))
-        return _Written(results=results, files=dict(writer.files))
+            return _Part(error=_sentence(error))
 
-    def _commit(self, writer: Writer, save: _Save, parts: list[_Written]) -> _Outcome:
+    def _commit(self, save: _Save, parts: list[_Part]) -> _Outcome:
         """On rank 0, when every rank has written and synced its part, or failed to."""
         errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]
         if errors:
             return self._give_up(save, "; ".join(errors[:3]))
         try:
             assert self._metadata is not None
-            writer.finish(self._metadata, [part.results for part in parts])
-            files = {name: file for part in parts for name, file in part.files.items()} | writer.files
+            written = [part.written for part in parts if part.written is not None]
+            places = {index: place for one in written for index, place in one.places.items()}
+            written.append(write_metadata(save.folder, replace(self._metadata, storage_data=places)))
+            files = {one.name: one.file for one in written}
             durable.sync_folder(save.folder)
             durable.sync_folder(self._folder)
             fence = read_fence(self._folder)
@@ -302,14 +304,6 @@ class Saver:
         received: list[Any] | None = [None] * self._ranks if self._rank == 0 else None
         dist.gather_object(value, received, group=self._group, group_dst=0)
         return received
-
-    def _scatter(self, values: list[T] | None) -> T:
-        if self._group is None:
-            assert values is not None
-            return values[0]
-        received: list[Any] = [None]
-        dist.scatter_object_list(received, values, group=self._group, group_src=0)
-        return received[0]  # type: ignore[no-any-return]
 
     def _tell(self, outcome: _Outcome | None) -> _Outcome:
         if self._group is not None:

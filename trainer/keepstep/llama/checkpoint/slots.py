@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from keepstep.core import slotfile
 from keepstep.core.layout import Layout
 from keepstep.core.manifest import Manifest
 from keepstep.core.slotfile import Saved
+from keepstep.llama.checkpoint.dcp import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-Views = dict[tuple[str, torch.Size], Tensor]
+Views = dict[MetadataIndex, Tensor]
 
 
 def open_slots(folder: Path, manifest: Manifest) -> tuple[Metadata, Views]:
@@ -38,12 +39,12 @@ def open_slots(folder: Path, manifest: Manifest) -> tuple[Metadata, Views]:
         parts = torch.frombuffer(saved.payload, dtype=dtype).view(len(described["parts"]), -1)
         for key, size, offset, tensor in _pieces(saved, described, parts):
             stored = tensors.setdefault(
-                key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), [])
+                key, TensorStorageMetadata(TensorProperties(dtype), torch.Size(size), [])
             )
-            chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=tensor.size())
+            chunk = ChunkStorageMetadata(torch.Size(offset), tensor.size())
             stored.chunks.append(chunk)
-            views[key, chunk.offsets] = tensor
-    return Metadata(state_dict_metadata=dict(tensors)), views
+            views[MetadataIndex(key, chunk.offsets)] = tensor
+    return Metadata(tensors), views
 
 
 def _pieces(

@@ -1,44 +1,24 @@
-"""Pieces in PyTorch's distributed checkpoint format (DCP).
+"""Pieces in PyTorch's distributed checkpoint format (DCP): each rank's in a file, which torch's tools read.
 
-Only DCP's public parts are used: its plans, file writer and reader, and its resharding arithmetic. A plan is
-made of pieces directly instead of from a state dict, and is exchanged once and then reused, because what a
-rank owns never changes within an attempt. The result is a plain DCP folder: torch's own tools read it.
+A rank writes its pieces one after the other as torch.save does, and says where each lies; rank 0 writes that
+down (`dcp`). What a rank owns never changes within an attempt, so who writes what needs no planning.
 """
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from keepstep.core.errors import InputError
 from keepstep.core.manifest import SLOTS, File, Manifest
+from keepstep.llama.checkpoint import dcp
+from keepstep.llama.checkpoint.dcp import ChunkStorageMetadata, MetadataIndex, StorageInfo
 from keepstep.llama.checkpoint.pieces import Piece
 from keepstep.llama.checkpoint.slots import open_slots
 
@@ -77,128 +57,63 @@ def apart(chunk: Chunk) -> Chunk:
     return replace(chunk, tensor=own)
 
 
-class SavePieces(DefaultSavePlanner):
-    """Plans and finds what a rank writes; the global plan (and its check for holes) is torch's own."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file of a checkpoint as it was handed over for writing, not as a disk may give it back."""
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._chunks = {MetadataIndex(chunk.key, chunk.offset): chunk for chunk in chunks}
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        storage_meta: StorageMeta | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        raise NotImplementedError("pieces are given at construction")
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan(
-            [
-                WriteItem(
-                    index=index,
-                    type=WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(
-                        chunk=_bounds(chunk),
-                        properties=TensorProperties.create_from_tensor(chunk.tensor),
-                        size=torch.Size(chunk.global_shape),
-                    ),
-                )
-                for index, chunk in self._chunks.items()
-            ]
-        )
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._chunks[write_item.index].tensor
+    name: str
+    file: File
+    places: Mapping[MetadataIndex, StorageInfo] = field(default_factory=dict)
 
 
-class LoadPieces(LoadPlanner):
-    """Plans what a rank reads, from whatever layout wrote it, and puts it in its place."""
-
-    def __init__(self, chunks: Sequence[Chunk], metadata: Metadata) -> None:
-        self._chunks = {MetadataIndex(chunk.key, chunk.offset): chunk for chunk in chunks}
-        self._metadata = metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        """InputError if the checkpoint lacks any element of a chunk."""
-        by_key: dict[str, list[Chunk]] = {}
-        for chunk in self._chunks.values():
-            by_key.setdefault(chunk.key, []).append(chunk)
-        items: list[ReadItem] = []
-        for key, chunks in by_key.items():
-            stored = self._metadata.state_dict_metadata.get(key)
-            if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != chunks[0].global_shape:
-                size = None if not isinstance(stored, TensorStorageMetadata) else tuple(stored.size)
-                raise _lacking(key, f"shape {size} there, {chunks[0].global_shape} here")
-            found = create_read_items_for_chunk_list(key, stored, [_bounds(chunk) for chunk in chunks])
-            there, needed = sum(i.lengths.numel() for i in found), sum(c.tensor.numel() for c in chunks)
-            if there != needed:
-                raise _lacking(key, f"{there:,} of {needed:,} elements are there")
-            items += found
-        return LoadPlan(items)
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        tensor = self._chunks[read_item.dest_index].tensor
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass  # it was read into its place
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        raise NotImplementedError("pieces are given at construction")
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError("a checkpoint has tensors only")
-
-    def resolve_bytes(self, read_item: ReadItem) -> io.BytesIO:
-        raise NotImplementedError("a checkpoint has tensors only")
+def described(chunks: Sequence[Chunk]) -> list[tuple[str, torch.dtype, torch.Size, ChunkStorageMetadata]]:
+    """What `dcp.describe` needs to know of a rank's chunks."""
+    return [(c.key, c.tensor.dtype, torch.Size(c.global_shape), _bounds(c)) for c in chunks]
 
 
-class Writer(FileSystemWriter):
-    """torch's writer into one folder, that knows the checksums of what it wrote."""
+def write_chunks(folder: Path, rank: int, chunks: Sequence[Chunk]) -> Written:
+    """A rank's file, synced. Errors: OSError, or RuntimeError from torch.save."""
+    name, places = f"__{rank}_0.distcp", {}
+    with (folder / name).open("wb") as file:
+        stream = _Stream(file)
+        for chunk in chunks:
+            offset = stream.count
+            torch.save(chunk.tensor, cast("IO[bytes]", stream))
+            index = MetadataIndex(chunk.key, torch.Size(chunk.offset))
+            places[index] = StorageInfo(name, offset, stream.count - offset)
+        _sync(file)
+    return Written(name, stream.summed, places)
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.files: dict[str, File] = {}
-        self.fs = _Checksumming(self.files)
+
+def write_metadata(folder: Path, metadata: dcp.Metadata) -> Written:
+    """Under another name first: the file is there as a whole or not at all."""
+    unfinished = folder / f"{dcp.METADATA}.tmp"
+    with unfinished.open("wb") as file:
+        stream = _Stream(file)
+        stream.write(dcp.dumps(metadata))
+        _sync(file)
+    unfinished.rename(folder / dcp.METADATA)
+    return Written(dcp.METADATA, stream.summed)
 
 
-class _Checksumming(FileSystem):
-    """Sums what is handed over for writing, not what a disk may give back."""
-
-    def __init__(self, files: dict[str, File]) -> None:
-        self._files = files
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        assert mode == "wb", mode
-        with Path(path).open("wb") as file:
-            stream = _Stream(file)
-            yield stream
-            # The metadata is written under another name and renamed.
-            name = Path(path).name.removesuffix(".tmp")
-            self._files[name] = File(bytes=stream.count, xxh3=stream.digest.hexdigest())
+def _sync(file: io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class _Stream(io.RawIOBase):
-    """Sequential writes only, which is all that torch.save and pickle ask of a stream."""
+    """Sequential writes only, which is all that torch.save asks of a stream."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         super().__init__()
-        self._file, self.digest, self.count = file, xxhash.xxh3_64(), 0
+        self._file, self._digest, self.count = file, xxhash.xxh3_64(), 0
+
+    @property
+    def summed(self) -> File:
+        return File(bytes=self.count, xxh3=self._digest.hexdigest())
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
+        self._digest.update(data)
         written = self._file.write(data)
         self.count += written
         return written
@@ -217,35 +132,69 @@ class _Stream(io.RawIOBase):
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a stored chunk, and where it belongs."""
+
+    index: MetadataIndex  # of the chunk
+    offsets: Sequence[int]  # in it
+    into: Tensor
+
+
 def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
     """Fill chunks from a checkpoint, without any other rank. InputError if something is not in it."""
     manifest = Manifest.read(folder)
     if manifest.form == SLOTS:
-        _read_slots(folder, manifest, chunks)
+        metadata, views = open_slots(folder, manifest)
+        for part in _parts(metadata, chunks):
+            _copy(views[part.index], part)
         return
-    reader = FileSystemReader(folder)
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    planner = LoadPieces(chunks, metadata)
-    reader.read_data(planner.create_local_plan(), planner).wait()
+    metadata = dcp.read(folder)
+    files: dict[str, list[_Part]] = {}
+    for part in _parts(metadata, chunks):
+        files.setdefault(metadata.storage_data[part.index].relative_path, []).append(part)
+    for name, parts in files.items():
+        with (folder / name).open("rb") as file:
+            for part in parts:
+                place = metadata.storage_data[part.index]
+                file.seek(place.offset)
+                content = io.BytesIO(file.read(place.length))
+                _copy(torch.load(content, map_location="cpu", weights_only=True), part)
 
 
-def _read_slots(folder: Path, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-    metadata, views = open_slots(folder, manifest)
-    planner = LoadPieces(chunks, metadata)
-    for item in planner.create_local_plan().items:
-        offset = item.storage_index.offset
-        assert offset is not None
-        part = views[item.storage_index.fqn, offset]
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        planner.resolve_tensor(item).copy_(part)
+def _parts(metadata: dcp.Metadata, chunks: Sequence[Chunk]) -> list[_Part]:
+    """What fills the chunks, from whatever layout wrote it. InputError if any element is lacking."""
+    found = []
+    for chunk in chunks:
+        stored = metadata.state_dict_metadata.get(chunk.key)
+        if stored is None or tuple(stored.size) != chunk.global_shape:
+            size = None if stored is None else tuple(stored.size)
+            raise _lacking(chunk.key, f"shape {size} there, {chunk.global_shape} here")
+        there = 0
+        for other in stored.chunks:
+            if (both := dcp.overlap(_bounds(chunk), other)) is None:
+                continue
+            there += both.sizes.numel()
+            into = _narrow(chunk.tensor, _minus(both.offsets, chunk.offset), both.sizes)
+            index = MetadataIndex(chunk.key, other.offsets)
+            found.append(_Part(index, _minus(both.offsets, other.offsets), into))
+        if there != chunk.tensor.numel():
+            raise _lacking(chunk.key, f"{there:,} of {chunk.tensor.numel():,} elements are there")
+    return found
 
 
-def stored_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint by its key."""
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {key: tuple(cast("TensorStorageMetadata", value).size) for key, value in stored.items()}
+def _copy(stored: Tensor, part: _Part) -> None:
+    part.into.copy_(_narrow(stored, part.offsets, part.into.shape))
+
+
+def _narrow(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    for dim, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def _minus(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [a - b for a, b in zip(one, other, strict=True)]
 
 
 def _bounds(chunk: Chunk) -> ChunkStorageMetadata:

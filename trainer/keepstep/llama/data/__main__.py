@@ -7,10 +7,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from keepstep.core.errors import InputError, KeepstepError
-from keepstep.llama.data import shards, tokenise
+from keepstep.llama.data import on_ray, shards, tokenise
 from keepstep.llama.data.shards import Manifest, Shard
 
 
@@ -40,6 +41,7 @@ def _tokenize(options: argparse.Namespace) -> int:
     manifest = tokenise.tokenise(
         options.out, _sources(options.source), tokenizer=options.tokenizer, field=options.field,
         workers=options.workers, unit_bytes=int(options.shard_mb * (1 << 20)), tell=tell,
+        make=partial(on_ray.shards_of, address=options.ray) if options.ray else None,
     )  # fmt: skip
     _report(manifest)
     return 0
@@ -101,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--tokenizer", default="bytes", help="tokenizer.model or tokenizer.json (bytes)")
     make.add_argument("--field", default="text", help="the field or column that has the text (text)")
     make.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(cores)")
+    make.add_argument(
+        "--ray", metavar="ADDRESS", help="by Ray Data on all nodes of a cluster (auto: this one's)"
+    )
     make.add_argument("--shard-mb", type=float, default=64, help="input of a shard (64)")
     make.set_defaults(run=_tokenize)
     for name, run, what in (

@@ -42,6 +42,7 @@ class Documents:
     file: NDArray[np.int32]
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
+    hashes: NDArray[np.uint64]  # of each one's content
     skipped: int  # documents that are not UTF-8
     digest: str  # of all contents in order: equal digests mean equal tables
 
@@ -117,7 +118,7 @@ def below(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()
 
 
 def _table(source: str, files: list[Path], where: Path, *, split: bool = False) -> Documents:
-    digest, rows, skipped = xxhash.xxh3_128(), [], 0
+    digest, rows, hashes, skipped = xxhash.xxh3_128(), [], [], 0
     for number, path in enumerate(files):
         for start, stop, content, valid in documents_in(path, split=split):
             if not valid:
@@ -126,6 +127,7 @@ def _table(source: str, files: list[Path], where: Path, *, split: bool = False) 
             digest.update((stop - start).to_bytes(8, "little"))
             digest.update(content)
             rows.append((number, start, stop - start))
+            hashes.append(xxhash.xxh3_64_intdigest(content))
     if not rows:
         raise InputError(
             "there is no text to train on",
@@ -140,6 +142,7 @@ def _table(source: str, files: list[Path], where: Path, *, split: bool = False) 
         file=columns[0].astype(np.int32),
         offset=columns[1].copy(),
         length=columns[2].copy(),
+        hashes=np.array(hashes, np.uint64),
         skipped=skipped,
         digest=digest.hexdigest(),
     )

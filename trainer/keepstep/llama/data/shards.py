@@ -3,6 +3,7 @@
     shard-00000.tokens   tokens, without bos and eos, uint16 or uint32   checked by the mebibyte, when touched
                          length of each document, int64          } the tail, checked when opened: its
                          xxh3 of each mebibyte of tokens, uint64 } digest stands in the manifest
+                         xxh3 of each document's tokens, uint64  }
     shard-00000.json     what it holds and was made from: there from the moment that the shard is complete
     manifest.json        all shards of all sources: there from the moment that all are complete
 
@@ -24,7 +25,7 @@ from keepstep.core import durable
 from keepstep.core.errors import InputError, KeepstepError
 from keepstep.llama.tokenizer import Tokens
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2  # 1 had no hashes of documents
 _BLOCK = 1 << 20  # bytes of tokens with a checksum of their own
 
 
@@ -50,6 +51,7 @@ class Shard:
     made_from: Mapping[str, Any]  # the unit of input
     bad: Mapping[str, int] = field(default_factory=dict)  # records that were left out, by reason
     named: Sequence[str] = ()  # the first of them
+    hashed: bool = False  # whether the tail has hashes of documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,8 @@ def write_shard(path: Path, texts: Sequence[Tokens], dtype: np.dtype[Any]) -> st
     """Write a shard whole; gives the digest of its tail."""
     tokens = np.concatenate([*texts, np.empty(0, np.int64)]).astype(dtype).tobytes()
     lengths = np.array([len(text) for text in texts], "<i8")
-    tail = lengths.tobytes() + _checksums(memoryview(tokens)).tobytes()
+    hashes = np.array([xxhash.xxh3_64_intdigest(text.astype(dtype).data) for text in texts], "<u8")
+    tail = lengths.tobytes() + _checksums(memoryview(tokens)).tobytes() + hashes.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.write(path, tokens + tail)
     return xxhash.xxh3_64_hexdigest(tail)
@@ -113,7 +116,8 @@ class OpenShard:
         self.path, self._vocabulary = path, vocabulary
         size = shard.tokens * dtype.itemsize
         blocks = -(-size // _BLOCK)
-        expected = size + 8 * (shard.documents + blocks)
+        hashed = shard.documents if shard.hashed else 0
+        expected = size + 8 * (shard.documents + blocks + hashed)
         try:
             with path.open("rb", buffering=0) as file:
                 actual = os.fstat(file.fileno()).st_size
@@ -130,6 +134,7 @@ class OpenShard:
             raise CorruptShard(path, "its table of lengths and checksums is not the one that was written")
         self.lengths = np.frombuffer(tail, "<i8", shard.documents)
         self._sums = np.frombuffer(tail, "<u8", blocks, offset=8 * shard.documents)
+        self.hashes = np.frombuffer(tail, "<u8", hashed, offset=8 * (shard.documents + blocks))
         self._checked = np.zeros(blocks, bool)
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
         self._tokens: NDArray[Any] = (
@@ -172,6 +177,8 @@ class TokenSource:
             OpenShard(folder / shard.file, shard, manifest.dtype, manifest.vocabulary) for shard in shards
         ]
         self.lengths = np.concatenate([np.empty(0, np.int64), *(shard.lengths for shard in self._shards)])
+        hashes = np.concatenate([np.empty(0, np.uint64), *(shard.hashes for shard in self._shards)])
+        self.hashes = hashes if len(hashes) == len(self.lengths) else None
         self._first = np.cumsum([0, *(shard.documents for shard in shards)])
         whole = xxhash.xxh3_128()
         for shard in shards:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,11 @@ def tokenise(
     workers: int = 1,
     unit_bytes: int = UNIT_BYTES,
     tell: Callable[[Shard, int, int], None] = lambda *_: None,
+    make: Callable[[Path, Sequence[int]], Iterator[Shard]] | None = None,
 ) -> Manifest:
     """Make or complete a store. `tell` hears of each new shard, how many are complete, and of how many.
+
+    `make` is who makes the shards of units by number: so many workers on this machine if it is left out.
 
     InputError for what cannot be tokenised, and for a store that was begun with other input; Refused while
     another process writes it.
@@ -101,7 +105,8 @@ def tokenise(
         files = plan.files()
         missing = [number for number, file in enumerate(files) if not _sidecar(out / file).is_file()]
         done = len(files) - len(missing)
-        for shard in _run(out, missing, workers):
+        makes = make or partial(_by_processes, workers=workers)
+        for shard in makes(out, missing) if missing else ():
             done += 1
             tell(shard, done, len(files))
         complete = [_read_sidecar(out / file) for file in files]
@@ -154,10 +159,8 @@ def _difference(begun: Plan, now: Plan) -> str:
     )
 
 
-def _run(out: Path, missing: Sequence[int], workers: int) -> Iterator[Shard]:
+def _by_processes(out: Path, missing: Sequence[int], *, workers: int) -> Iterator[Shard]:
     """Shards as they are completed. Ends all workers however it ends."""
-    if not missing:
-        return
     reading, writing = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as numbers, os.fdopen(reading, "rb") as told:
@@ -172,10 +175,7 @@ def _run(out: Path, missing: Sequence[int], workers: int) -> Iterator[Shard]:
             finally:
                 os.close(writing)
             for line in told:
-                heard = json.loads(line)
-                if "error" in heard:
-                    raise InputError(**heard["error"])
-                yield _read_sidecar(out / heard["made"])
+                yield made(out, json.loads(line))
             if codes := [code for process in processes if (code := process.wait()) != 0]:
                 raise KeepstepError(
                     "a worker ended", where="tokenise", why=f"exit code {codes[0]}",
@@ -193,18 +193,43 @@ def work(out: Path, parent: int) -> int:
     if os.getppid() != parent:
         return 1  # it was gone before it could be watched
     try:
-        plan = Plan.read(out)
-        tokenizer, files = open_tokenizer(plan.tokenizer), plan.files()
-        encode, dtype = tokenizer.encode, shards.dtype_of(tokenizer.vocabulary)
+        worker = Worker(out)
         while number := os.read(0, _NUMBER.size):
             (unit,) = _NUMBER.unpack(number)
-            _make(out, files[unit], plan.units[unit], plan.field, encode, dtype)
-            _say({"made": files[unit]})
+            _say(worker.told(unit))
     except KeepstepError as error:
-        told = {"what": error.what, "where": error.where, "why": error.why, "next": error.next}
-        _say({"error": {name: text[:500] for name, text in told.items()}})
+        _say(error_of(error))
         return error.exit_code
     return 0
+
+
+class Worker:
+    """Makes shards of a store's units, in whatever process."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._plan = out, Plan.read(out)
+        self._files = self._plan.files()
+        tokenizer = open_tokenizer(self._plan.tokenizer)
+        self._encode, self._dtype = tokenizer.encode, shards.dtype_of(tokenizer.vocabulary)
+
+    def told(self, number: int) -> Mapping[str, Any]:
+        """The shard of unit `number` is made; what `made` reads. A unit that cannot be read raises."""
+        file, unit = self._files[number], self._plan.units[number]
+        _make(self._out, file, unit, self._plan.field, self._encode, self._dtype)
+        return {"made": file}
+
+
+def made(out: Path, told: Mapping[str, Any]) -> Shard:
+    """InputError if a worker said so."""
+    if "error" in told:
+        raise InputError(**told["error"])
+    return _read_sidecar(out / told["made"])
+
+
+def error_of(error: KeepstepError) -> Mapping[str, Any]:
+    """What `made` raises again."""
+    told = {"what": error.what, "where": error.where, "why": error.why, "next": error.next}
+    return {"error": {name: text[:500] for name, text in told.items()}}
 
 
 def _make(
@@ -225,7 +250,7 @@ def _make(
     tail = shards.write_shard(out / file, texts, dtype)
     shard = Shard(
         file=file, documents=len(texts), tokens=sum(len(text) for text in texts), text_bytes=text_bytes,
-        tail=tail, made_from=asdict(unit), bad=dict(bad), named=tuple(named),
+        tail=tail, made_from=asdict(unit), bad=dict(bad), named=tuple(named), hashed=True,
     )  # fmt: skip
     durable.write_json(_sidecar(out / file), asdict(shard))
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from keepstep.core.errors import InputError
 from keepstep.llama.flat import tp_dim
-from keepstep.llama.shape import ModelShape
+from keepstep.llama.shape import ModelShape, RopeScaling
 from keepstep.llama.weights.part import Part
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d\d)\.pth")
-_POSITIONS = 8192  # that Llama 3 was trained with; the format does not say
+_POSITIONS, _SCALED_POSITIONS = 8192, 131_072  # of Llama 3 and 3.1; the format does not say
+_SMALLEST_OF_3_1 = 4096  # dim
 
 
 class MetaSource:
@@ -104,19 +105,33 @@ class MetaSource:
             raise self._unusable(str(error).partition("\n")[0]) from error
 
     def _shape(self, params: Mapping[str, Any]) -> ModelShape:
-        if params.get("use_scaled_rope"):
-            raise self._unusable("rotary positions are scaled, which the trainer does not compute")
+        scaling = self._scaling(params) if params.get("use_scaled_rope") else None
         try:
             first = self._files[0]
             return ModelShape(
                 layers=params["n_layers"], dim=params["dim"],
                 ffn_dim=first["layers.0.feed_forward.w1.weight"].shape[0] * len(self._paths),
                 heads=params["n_heads"], kv_heads=params.get("n_kv_heads") or params["n_heads"],
-                vocabulary=first["tok_embeddings.weight"].shape[0] * len(self._paths), max_seq=_POSITIONS,
+                vocabulary=first["tok_embeddings.weight"].shape[0] * len(self._paths),
+                max_seq=_SCALED_POSITIONS if scaling else _POSITIONS,
                 rope_theta=float(params.get("rope_theta", 10_000.0)), norm_eps=params.get("norm_eps", 1e-5),
+                rope_scaling=scaling,
             )  # fmt: skip
         except KeyError as error:
             raise self._unusable(f"{PARAMS} or the first file has no {error}") from error
+
+    def _scaling(self, params: Mapping[str, Any]) -> RopeScaling:
+        """By 8, as their program has it for Llama 3.1; the small models of 3.2 had another factor."""
+        factor = params.get("rope_scaling_factor")
+        if factor is None and params["dim"] < _SMALLEST_OF_3_1:
+            raise self._unusable(
+                f"{PARAMS} has no rope_scaling_factor, so it does not say how rotary positions are scaled"
+            )
+        return RopeScaling(
+            factor=float(factor or 8), low_freq_factor=1.0,
+            high_freq_factor=float(params.get("rope_high_freq_factor") or 4),
+            original_max_position_embeddings=_POSITIONS,
+        )  # fmt: skip
 
     def _unusable(self, why: str) -> InputError:
         return InputError(

@@ -5,10 +5,11 @@ Both keep rotary pairs in the two halves of a head, so tensors are the same, ele
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from keepstep.core.errors import InputError
-from keepstep.llama.shape import ModelShape
+from keepstep.llama.shape import ModelShape, RopeScaling
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -47,6 +48,8 @@ def canonical_name(name: str) -> str | None:
 
 def config_of(shape: ModelShape, *, dtype: str, special: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Hugging Face's config.json. `special`: bos, eos and pad tokens, where they are known."""
+    scaling = shape.rope_scaling
+    rope = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **asdict(scaling)}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -59,8 +62,9 @@ def config_of(shape: ModelShape, *, dtype: str, special: Mapping[str, int] | Non
         "head_dim": shape.head_dim,
         "max_position_embeddings": shape.max_seq,
         "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},  # by 5
+        "rope_theta": shape.rope_theta,  # this and the next: read by transformers 4
+        "rope_scaling": None if scaling is None else rope,
+        "rope_parameters": {**rope, "rope_theta": shape.rope_theta},  # by 5
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -76,7 +80,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = [
         (config.get("model_type") != "llama", f"model_type is {config.get('model_type')}, not llama"),
-        (kind != "default", f"rotary positions are scaled ({kind})"),
+        (kind not in {"default", "llama3"}, f"rotary positions are scaled ({kind})"),
         (config.get("hidden_act", "silu") != "silu", f"hidden_act is {config.get('hidden_act')}, not silu"),
         (bool(config.get("attention_bias")), "attention has biases"),
         (bool(config.get("mlp_bias")), "the feed-forward network has biases"),
@@ -86,7 +90,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
             "the trainer does not compute this model",
             where=where,
             why="; ".join(reasons),
-            next="Start from a Llama 3 model without rotary scaling.",
+            next="Start from a Llama 3 or 3.1 model.",
         )
     try:
         heads = config["num_attention_heads"]
@@ -100,6 +104,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
             max_seq=config.get("max_position_embeddings", 2048),  # this and the next two: their defaults
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
             norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_scaling=_scaling(rope) if kind == "llama3" else None,
         )
     except KeyError as error:
         raise InputError(f"the configuration has no {error}", where=where) from error
@@ -110,3 +115,12 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
             why=f"head_dim is {config['head_dim']}, not hidden_size / heads = {shape.head_dim}",
         )
     return shape
+
+
+def _scaling(rope: Mapping[str, Any]) -> RopeScaling:
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=rope["original_max_position_embeddings"],
+    )

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,9 +46,7 @@ class CheckpointSource:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.manifest = Manifest.read(folder)
-        known = {field.name for field in fields(ModelShape)}
-        model = self.manifest.model
-        self.shape = ModelShape(**{name: value for name, value in model.items() if name in known})
+        self.shape = ModelShape.of(self.manifest.model)
 
     def fill(self, parts: Sequence[Part]) -> None:
         sizes = dict(self.shape.sizes())

@@ -1,0 +1,52 @@
+"""Text into shards by Ray Data, on the nodes of a real cluster."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from keepstep.llama.data.shards import Manifest, verify
+from ray_cluster import RayCluster
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+
+def tokenised(out: Path, source: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "keepstep.llama.data", "tokenize", str(out),
+         "--source", f"lines={source}", "--shard-mb", "0.01", *more],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_every_node_makes_shards_and_they_are_those_of_one_machine(
+    ray_cluster: Callable[[], RayCluster], tmp_path: Path
+) -> None:
+    source = tmp_path / "lines.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{k} " + "word " * (k % 500)}) + "\n" for k in range(400)))
+    cluster = ray_cluster()
+    cluster.add("other")
+    done = tokenised(tmp_path / "ray", source, "--ray", cluster.address)
+    assert done.returncode == 0, done.stderr
+    assert tokenised(tmp_path / "here", source).returncode == 0
+    by_ray, here = Manifest.read(tmp_path / "ray"), Manifest.read(tmp_path / "here")
+    assert by_ray == here and len(here.sources["lines"]) > 20
+    assert list(verify(tmp_path / "ray")) == []
+    lost = tmp_path / "ray" / here.sources["lines"][3].file
+    lost.unlink()
+    again = tokenised(tmp_path / "ray", source, "--ray", cluster.address)
+    assert again.returncode == 0 and "1 of" not in again.stdout, again.stderr
+    assert lost.read_bytes() == (tmp_path / "here" / here.sources["lines"][3].file).read_bytes()
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "lines.jsonl"
+    source.write_text('{"text": "a"}\n')
+    nowhere = tokenised(tmp_path / "out", source, "--ray", "127.0.0.1:1")
+    assert nowhere.returncode == 2 and "there is no Ray cluster at 127.0.0.1:1" in nowhere.stderr
+    source.write_text("")
+    empty = tokenised(tmp_path / "other", source, "--ray", "127.0.0.1:1")
+    assert empty.returncode == 2 and "there is no text" in empty.stderr
