@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from keepstep.llama.tokenizer import Tokens
 from keepstep.llama.train import main as main_of_trainer
 from keepstep.llama.trainer import Trainer
 from keepstep.session import current
+from live_tensors import LiveTensors
 from rank_gang import GangFailed, run_gang
 
 SEQ, SEQUENCES = 32, 8
@@ -98,11 +100,16 @@ def job(request: dict[str, Any]) -> TrainJob:
             "pipeline": request.get("pipeline"),
             "numerics": request.get("numerics"),
             "virtual_dp": request.get("replicas"),
-            "model": MODEL,
+            "model": {**MODEL, **request.get("model", {})},
             "steps": request["steps"],
-            "batch": {"global_tokens": SEQ * SEQUENCES, "seq": SEQ, "stages": request.get("stages")},
+            "batch": {
+                "global_tokens": SEQ * SEQUENCES,
+                "seq": SEQ,
+                "stages": request.get("stages"),
+                **request.get("batch", {}),
+            },
             "optimizer": {"lr": 3e-3, "warmup_steps": 3},
-            "timeout_s": 30,
+            "timeout_s": request.get("timeout_s", 30),
         }
     )
 
@@ -111,8 +118,15 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     """On one rank."""
     described = job(request)
     device = torch.device("cpu")
-    groups = parallel.join(described.layout, device, timeout_s=30)
-    trainer = Trainer(described, groups, Patterns(described), device=device, session=current())
+    groups = parallel.join(described.layout, device, timeout_s=described.timeout_s)
+    trainer = Trainer(
+        described,
+        groups,
+        Patterns(described),
+        device=device,
+        session=current(),
+        ahead=request.get("ahead"),
+    )
     if request.get("sabotage") == "norm-gradients":
         trainer.optimizer.gradients.groups = parallel.Groups(layout=groups.layout, rank=groups.rank)
     folder = Path(request.get("checkpoint", ""))
@@ -123,6 +137,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     else:
         initialise(trainer.state, described.shape, seed=0)
     trainer.optimizer.publish()
+    memory = memory_of(trainer) if request.get("memory") else {}
     updates = [trainer.step() for _ in range(trainer.state.step, request.get("stop_at", described.steps))]
     validation = evaluation(trainer)
     if "stop_at" in request:
@@ -130,15 +145,35 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         saver = Saver(folder, trainer.state, identity, group=beside, session=current())
         saver.save(trainer.state.step, tokens=0, data={})
         assert saver.close(30) == trainer.state.step
+    digest = digest_of(trainer)
     parallel.leave()
-    used = trainer.state.weights[: trainer.state.index.used].view(torch.uint8).numpy().tobytes()
     return {
         "losses": [update.loss for update in updates],
         "norms": [update.grad_norm for update in updates],
         "validation": validation,
-        "weights": hashlib.sha256(used).hexdigest(),
+        "weights": digest,
         "place": str(groups.at.pp) + str(groups.at.tp),
+        **memory,
     }
+
+
+def memory_of(trainer: Trainer) -> dict[str, Any]:
+    """Bytes of tensors that live beside the buffers in a step at most, and what was expected."""
+    with LiveTensors() as live:
+        trainer.step()
+    return {"live": live.most, "expected": asdict(trainer.expected()), "held": asdict(trainer.held())}
+
+
+def digest_of(trainer: Trainer) -> str:
+    """Of all weights of this rank's part of the model, whoever owns them and however they are cut."""
+    found: dict[str, bytes] = {}
+    for unit in trainer.state.index.units:
+        trainer.optimizer.weights.gather(unit)
+        for parameter in unit.parameters:
+            found[parameter.name] = (
+                trainer.state.weight(parameter.name).view(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()
 
 
 def whole_program(request: dict[str, Any]) -> dict[str, Any]:
@@ -170,9 +205,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if "main" in request:
             return {"ranks": run_gang(world_size, lambda: whole_program(request))}
-        ranks = run_gang(world_size, lambda: train(request))
+        ranks = run_gang(world_size, lambda: train(request), deadline_s=2 * request.get("timeout_s", 30))
     except GangFailed as error:
         return {"error": str(error)}
+    if request.get("memory"):
+        return {"ranks": ranks}
     first = ranks[0]
     for rank in ranks:
         assert rank["losses"] == first["losses"]

@@ -30,15 +30,15 @@ import numpy as np
 import torch
 
 from keepstep.core.beacon import PAGE
+from keepstep.core.footprint import activation_bytes, footprint
 from keepstep.llama import parallel
 from keepstep.llama.data import Batch
 from keepstep.llama.initial import initialise
 from keepstep.llama.job import TrainJob
-from keepstep.llama.numerics import RECOMPUTATIONS, Numerics, activation_bytes
+from keepstep.llama.numerics import RECOMPUTATIONS, Numerics
 from keepstep.llama.trainer import Trainer
 from keepstep.session import Phase, Session, current
 from keepstep.spec.presets import PRESETS
-from llama_footprint import footprint
 from rank_gang import run_gang
 
 SEQ, SEQUENCES = 256, 4
@@ -187,7 +187,8 @@ def at_scale() -> dict[str, float]:
         of_8b = preset("8b", {}, 1).shape
         figures[f"8b_layer_{recompute}_gb"] = activation_bytes(of_8b, 8192, recompute) / 1e9
         job = preset("405b", {"tp": 8, "pp": 16, "dp": 128}, 2048)
-        found = footprint(replace(job, numerics=Numerics(recompute=recompute)), 0)
+        job = replace(job, numerics=Numerics(recompute=recompute))
+        found = footprint(job.shape, job.layout, 0, job.training(element=2, cuda=True))
         figures[f"405b_rank0_{recompute}_gb"] = found.total / 1e9
     parts = {f"405b_rank0_{name}_gb": size / 1e9 for name, size in asdict(found).items()}
     return figures | {name: size for name, size in parts.items() if "activations" not in name}

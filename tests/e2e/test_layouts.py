@@ -12,10 +12,12 @@ Start = Callable[..., Cluster]
 Curve = Callable[[str], dict[int, float]]
 
 
-def laid_out(parallelism: str, pipeline: str = "") -> str:
+def laid_out(parallelism: str, pipeline: str = "", *, numerics: str = "") -> str:
     """A TINY of 12 steps; four micro-batches a replica where there are two replicas."""
     text = TINY.replace("{tp: 2, pp: 1, dp: 2}", f"{{{parallelism}}}").replace("steps: 60", "steps: 12")
-    return text.replace("    data:", f"    pipeline: {{{pipeline}}}\n    data:") if pipeline else text
+    for name, fields in (("pipeline", pipeline), ("numerics", numerics)):
+        text = text.replace("    data:", f"    {name}: {{{fields}}}\n    data:") if fields else text
+    return text
 
 
 # Two layers, embedding and output are cut into four virtual stages: each has one of them.
@@ -24,12 +26,14 @@ LAYOUTS = {
     "gpipe": laid_out("tp: 1, pp: 2, dp: 2", "schedule: gpipe, chunks: 2"),
     "context": laid_out("tp: 1, cp: 2, pp: 1, dp: 2"),
     "interleaved-context": laid_out("tp: 1, cp: 2, pp: 2, dp: 1", "schedule: interleaved, chunks: 2"),
+    "parameters": laid_out("tp: 1, pp: 2, dp: 2", numerics="shard: parameters"),
 }
 KILLED = {
     "interleaved": (Phase.BACKWARD, 0),
     "gpipe": (Phase.FORWARD, 3),
     "context": (Phase.BACKWARD, 1),
     "interleaved-context": (Phase.FORWARD, 2),
+    "parameters": (Phase.BACKWARD, 3),
 }
 
 

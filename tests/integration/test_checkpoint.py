@@ -65,7 +65,7 @@ def expected(index: FlatIndex, dp_rank: int, step: int) -> Tensor:
             if p.tp_dim is not None:
                 tensor = tensor.narrow(p.tp_dim, p.tp_offset, p.shape[p.tp_dim])
             flat[p.offset : p.offset + p.numel] = tensor.flatten()
-        owned = index.owned(dp_rank)
+        (owned,) = index.owned(dp_rank)
         parts.append(flat[owned.start : owned.stop])
     return torch.cat(parts)
 

@@ -100,6 +100,7 @@ LAYOUTS = [
     laid_out("1x2x1", pipeline=pipeline("interleaved", 2)),
     laid_out("1x1x2x1"),
     laid_out("1x1x2", numerics={"recompute": "selective"}),
+    laid_out("2x1x1", numerics={"shard": "parameters"}),
     laid_out("1x2x2", long=True),
     laid_out("4x1x2", long=True),
     laid_out("2x2x1", long=True),
@@ -112,7 +113,17 @@ LAYOUTS = [
     laid_out("1x2x2x2", long=True, pipeline=pipeline("interleaved", 2)),
     laid_out("2x2x2x1", long=True),
     laid_out("1x2x2x2", long=True, numerics={"recompute": "full"}, pipeline=pipeline("interleaved", 2)),
-]
+    laid_out("4x1x2", long=True, numerics={"shard": "gradients"}),
+    laid_out("2x2x2", long=True, numerics={"shard": "gradients"}, pipeline=pipeline("interleaved", 3)),
+    laid_out("2x2x2", long=True, numerics={"shard": "parameters"}),
+    laid_out("1x5x1", long=True, numerics={"shard": "parameters"}),
+    laid_out("1x1x4x2", long=True, numerics={"shard": "parameters", "recompute": "selective"}),
+    laid_out("2x2x2x1", long=True, numerics={"shard": "parameters"}, pipeline=pipeline("gpipe", 3)),
+    laid_out(
+        "2x2x2x1", long=True, numerics={"shard": "parameters", "recompute": "full"},
+        pipeline=pipeline("interleaved", 2),
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "steps", "options"), LAYOUTS)
@@ -176,6 +187,100 @@ STAGES = [
     {"after_steps": 2, "global_tokens": 512, "seq": 64, "micro_batch": 1},
     {"after_steps": 4, "global_tokens": 512, "seq": 32, "micro_batch": 2},
 ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "left", "options"),
+    [
+        pytest.param("2x1x1", ["1x1x1"], {"numerics": {"shard": "parameters"}}, id="parameters"),
+        *(
+            pytest.param(
+                asked, left, {"numerics": {"shard": shard}, **more}, marks=pytest.mark.long,
+                id=f"{asked}-{shard}",
+            )
+            for shard in ("gradients", "parameters")
+            for asked, left, more in (
+                ("4x1x1", ["2x1x1", "1x1x1"], {"batch": {"global_tokens": 512, "seq": 32}}),
+                ("2x2x2", ["1x2x2"], {"pipeline": pipeline("interleaved", 2)}),
+                ("4x2x1", ["2x2x1", "1x2x1"], {"pipeline": pipeline("gpipe", 2)}),
+                ("2x1x2x1", ["1x1x2x1"], {}),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_fewer_replicas_give_the_same_bits_where_more_than_the_optimizer_is_sharded(
+    gangs: Gangs, asked: str, left: list[str], options: dict[str, Any]
+) -> None:
+    whole = gangs.run(asked, steps=FEW, **options)
+    for layout in left:
+        assert same(gangs.run(layout, steps=FEW, replicas=int(asked[0]), **options), whole), layout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["4x1x2", "2x2x1", "2x1x2x1"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_come_a_unit_at_a_time_or_ahead_are_the_same_bit_by_bit(
+    gangs: Gangs, layout: str, precision: str
+) -> None:
+    whole = gangs.run(layout, steps=FEW, numerics={"shard": "gradients", "precision": precision})
+    for ahead in (False, True):
+        numerics = {"shard": "parameters", "precision": precision}
+        assert same(gangs.run(layout, steps=FEW, numerics=numerics, ahead=ahead), whole), ahead
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shard", ["optimizer", "gradients", "parameters"])
+def test_a_checkpoint_goes_on_however_its_state_is_sharded(gangs: Gangs, tmp_path: Path, shard: str) -> None:
+    folder, options = str(tmp_path / "job"), {"numerics": {"shard": shard}}
+    whole = gangs.run("2x2x1", steps=6, **options)
+    gangs.run("2x2x1", steps=6, stop_at=3, checkpoint=folder, **options)
+    for layout in ("2x2x1", "1x1x1", "2x1x2x2"):
+        for other in ("optimizer", "gradients", "parameters"):
+            rest = gangs.run(layout, steps=6, restore=3, checkpoint=folder, numerics={"shard": other})
+            worst = max(abs(a - b) for a, b in zip(rest["losses"], whole["losses"][3:], strict=True))
+            assert worst == 0.0 if (layout, other) == ("2x2x1", shard) else worst < 1e-5, (layout, other)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("layout", "options", "over"),
+    [
+        ("1x2x1", {}, 0.04),
+        ("1x2x1", {"pipeline": pipeline("gpipe", 2)}, 0.04),
+        ("1x2x1", {"pipeline": pipeline("interleaved", 2)}, 0.04),
+        ("1x2x1x2", {"numerics": {"recompute": "full", "shard": "gradients"}}, 0.05),
+        ("2x1x2", {"numerics": {"recompute": "selective", "shard": "parameters"}}, 0.1),  # gloo's copies
+        ("1x1x2x1", {}, 0.15),  # and masks
+    ],
+)
+def test_a_step_of_each_rank_takes_the_memory_that_was_foretold(
+    gangs: Gangs, layout: str, options: dict[str, Any], over: float
+) -> None:
+    model = {"layers": 4, "dim": 256, "ffn_dim": 768, "vocabulary": 512, "max_seq": 512}
+    batch = {"global_tokens": 8 * 512, "seq": 512}
+    found = gangs.run(layout, memory=True, steps=2, timeout_s=120, model=model, batch=batch, **options)
+    for rank in found["ranks"]:
+        said, held = rank["expected"], rank["held"]
+        for part in ("weights", "gradients", "exchanged", "owned"):
+            assert held[part] == said[part], part
+        beside = said["activations"] + said["edges"] + max(said["working"], said["logits"])
+        assert 0.97 <= rank["live"] / beside <= 1.0 + over, said
+
+
+LONGEST = 131_072
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_context_of_131072_tokens_is_the_same_over_four_ranks(gangs: Gangs) -> None:
+    """A whole mask of one rank's tail would be 4 GB, and one that is kept for the backward pass 17."""
+    options: dict[str, Any] = {
+        "steps": 1, "timeout_s": 250, "batch": {"global_tokens": LONGEST, "seq": LONGEST},
+        "model": {"layers": 1, "dim": 32, "ffn_dim": 64, "heads": 2, "kv_heads": 1, "max_seq": LONGEST},
+    }  # fmt: skip
+    alone, found = gangs.run("1x1x1", **options), gangs.run("1x1x4x1", **options)
+    assert distance(found, alone, "losses") < 1e-5
+    assert distance(found, alone, "norms") < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_every_rank_reads_its_own_whatever_the_files(tmp_path: Path, layout: Lay
             if p.tp_dim is not None:
                 tensor = tensor.narrow(p.tp_dim, p.tp_offset, p.shape[p.tp_dim])
             flat[p.offset : p.offset + p.numel] = tensor.flatten()
-        owned = own.owned(at.dp)
+        (owned,) = own.owned(at.dp)
         assert torch.equal(state.master, flat[owned.start : owned.stop])
 
 

@@ -55,7 +55,7 @@ def expected(state: FlatState) -> Tensor:
         if p.tp_dim is not None:
             tensor = tensor.narrow(p.tp_dim, p.tp_offset, p.shape[p.tp_dim])
         flat[p.offset : p.offset + p.numel] = tensor.flatten()
-    owned = state.index.owned(state.dp_rank)
+    (owned,) = state.index.owned(state.dp_rank)
     return flat[owned.start : owned.stop]
 
 

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from keepstep.llama.flat import stage_layers
+from keepstep.core.layout import stage_layers
 from keepstep.llama.schedule import SCHEDULES, Pass, Pipeline, messages, timetable
 
 plans = st.one_of(

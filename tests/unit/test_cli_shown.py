@@ -22,6 +22,7 @@ JOB: Json = {
     "progress": {"step": 60, "steps": 120, "loss": 2.9134, "tokens_per_s": 3812.0, "tflops": 0.21,
                  "mfu": None, "checkpoint_step": 50, "grad_norm": 1.0, "age_s": 0.1},
     "restarts": {"used": 1, "max": 20}, "incidents": [3],
+    "rank_memory": {"weights": 6_100_000_000, "owned": 55_200_000_000, "logits": 0, "total": 61_300_000_000},
 }  # fmt: skip
 
 INCIDENT: Json = {
@@ -93,6 +94,8 @@ def test_a_job_as_a_row_and_in_short() -> None:
     assert pairs["attempt"] == "2 (in place) on a, b"
     assert pairs["restarts"] == "1 of 20 used"
     assert pairs["checkpoint"] == "step 50"
+    assert pairs["of a rank"] == "at most 61.3 GB: weights 6.1, owned 55.2"
+    assert cells["GB/RANK"] == "61.3"
 
 
 def test_a_job_that_only_waits_has_dashes() -> None:

@@ -1,7 +1,8 @@
 """Shapes, flat buffers, initial weights and the update rule, in one process."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch.optim.adamw import adamw
 
 from keepstep.core.errors import InputError
 from keepstep.core.layout import Layout
+from keepstep.core.snapshots import Stamp
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.initial import initialise
+from keepstep.llama.job import TrainJob
+from keepstep.llama.memory import load
 from keepstep.llama.optimizer import OptimizerConfig, ShardedAdamW
 from keepstep.llama.parallel import Groups
 from keepstep.llama.shape import ModelShape
@@ -42,22 +46,24 @@ def test_sizes_and_costs_are_those_of_the_paper(
     assert shape.flops_per_token(131_072) == pytest.approx(flops_128k, rel=4e-3)
 
 
-def whole_model(layout: Layout, replicas: int = 0) -> dict[str, Tensor]:
+def whole_model(layout: Layout, shard: str = "optimizer") -> dict[str, Tensor]:
     """The parameters, put together from the master weights of all ranks."""
     found: dict[str, Tensor] = {}
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
-        index = FlatIndex.of(SMALL, layout, at, replicas=replicas)
+        index = FlatIndex.of(SMALL, layout, at, shard=shard)
         state = FlatState(index, at.dp, device=CPU, dtype=torch.float32)
         initialise(state, SMALL, seed=11)
-        owned = index.owned(at.dp)
+        ranges = index.owned(at.dp)
         for parameter in index.parameters:
+            unit, _ = index[parameter.name]
+            owned, master = ranges[unit.number], state.master[index.local(unit)]
             whole = found.setdefault(parameter.name, torch.full(parameter.global_shape, math.nan))
             local = torch.full((parameter.numel,), math.nan)
             start, stop = max(owned.start, parameter.offset), min(owned.stop, parameter.span.stop)
             if start >= stop:
                 continue
-            part = state.master[start - owned.start : stop - owned.start]
+            part = master[start - owned.start : stop - owned.start]
             local[start - parameter.offset : stop - parameter.offset] = part
             view = whole
             if parameter.tp_dim is not None:
@@ -70,8 +76,9 @@ def whole_model(layout: Layout, replicas: int = 0) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "layout", [Layout(dp=2, pp=2, tp=2), Layout(dp=3), Layout(pp=5, tp=2), Layout(dp=8), Layout(dp=2, cp=3)]
 )
-def test_every_layout_begins_with_the_same_weights_each_owned_once(layout: Layout) -> None:
-    one, cut = whole_model(Layout()), whole_model(layout)
+@pytest.mark.parametrize("shard", ["optimizer", "parameters"])
+def test_every_layout_begins_with_the_same_weights_each_owned_once(layout: Layout, shard: str) -> None:
+    one, cut = whole_model(Layout()), whole_model(layout, shard)
     assert one.keys() == cut.keys() == {name for name, _ in SMALL.sizes()}
     for name, weight in one.items():
         assert torch.equal(weight, cut[name]), name
@@ -89,11 +96,88 @@ def test_other_seeds_begin_elsewhere() -> None:
 
 def test_a_gang_that_shrinks_cuts_the_same_vector() -> None:
     layouts = [Layout(dp=dp, tp=2) for dp in (1, 2, 3, 6)]
-    indices = [FlatIndex.of(SMALL, layout, layout.coordinates(0), replicas=6) for layout in layouts]
-    assert len({(index.length, index.matrices, index.parameters) for index in indices}) == 1
-    for index in indices:
-        assert [k for dp in range(index.dp) for k in index.owned(dp)] == list(range(index.length))
-        assert index.shard % 64 == 0
+    for shard, units in (("optimizer", 1), ("gradients", 7)):
+        indices = [
+            FlatIndex.of(SMALL, layout, layout.coordinates(0), replicas=6, shard=shard) for layout in layouts
+        ]
+        assert len({index.units for index in indices}) == 1
+        for index in indices:
+            assert len(index.units) == units, "the whole; layers, embedding and output"
+            for unit in index.units:
+                owned = [k for dp in range(index.dp) for k in index.owned(dp)[unit.number]]
+                assert owned == list(range(unit.start, unit.stop))
+                assert len(unit) // index.dp % 64 == 0
+
+
+class Kept:
+    """Slots of the ranks of a layout, as the session gives them."""
+
+    def __init__(self, states: list[Tensor], rank: int) -> None:
+        self.shape, self._states = SimpleNamespace(rank=rank), states
+
+    def load(self, ranks: list[int], _world: int, _at: Stamp) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(
+                payload=bytearray(self._states[rank].numpy().tobytes()), description=b'{"values": {}}'
+            )
+            for rank in ranks
+        ]
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "parameters"])
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (4, 1), (6, 3)])
+def test_a_state_in_memory_is_that_of_fewer_or_more_replicas(old: int, new: int, shard: str) -> None:
+    def states(dp: int) -> list[FlatState]:
+        layout = Layout(dp=dp, cp=2)
+        indices = [
+            FlatIndex.of(SMALL, layout, layout.coordinates(rank), replicas=12, shard=shard)
+            for rank in range(layout.world_size)
+        ]
+        return [
+            FlatState(index, layout.coordinates(rank).dp, device=CPU, dtype=torch.float32, shard=shard)
+            for rank, index in enumerate(indices)
+        ]
+
+    def places(state: FlatState) -> Tensor:
+        """Of each element of the three parts a number of its own, by its place in the whole vector."""
+        flat = torch.cat(
+            [torch.arange(owned.start, owned.stop) for owned in state.index.owned(state.dp_rank)]
+        )
+        return torch.cat([flat + k * 100_000.0 for k in range(3)])
+
+    before, after = states(old), states(new)
+    job = TrainJob.parse(
+        {
+            "job": "x", "layout": {"dp": new, "cp": 2}, "virtual_dp": 12, "model": asdict(SMALL), "steps": 1,
+            "batch": {"global_tokens": 12 * 64, "seq": 64}, "restore": {"step": 3, "attempt": 1},
+            "memory": {"dp": old, "cp": 2},
+        }
+    )  # fmt: skip
+    kept = [places(state) for state in before]
+    for rank, state in enumerate(after):
+        load(job, state, Kept(kept, rank), dp_rank=state.dp_rank)  # type: ignore[arg-type]
+        assert torch.equal(state.state, places(state)), rank
+
+
+def test_who_made_a_gradient_that_is_not_finite_knows_it_after_it_was_added() -> None:
+    """And no update is made of it."""
+    index = FlatIndex.of(SMALL, Layout(), Layout().coordinates(0), shard="parameters")
+    state = FlatState(index, 0, device=CPU, dtype=torch.float32, shard="parameters")
+    initialise(state, SMALL, seed=2)
+    before = state.state.clone()
+    optimizer = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig())
+    gradients = optimizer.gradients
+    for value in (0.5, math.inf):
+        gradients.begin()
+        for unit in index.units:
+            state.grads.zero_()
+            state.grads[7] = value if unit.number == 3 else 0.0
+            gradients.collect(unit)
+        assert gradients.finite_here() == math.isfinite(value)
+        update = optimizer.update(torch.ones(1), lr=0.0)
+        assert update.grad_norm == value
+    assert torch.equal(state.master, before[: index.shard])
+    assert float(state.exp_avg.abs().max()) == pytest.approx(0.05), "of the first update alone"
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -121,7 +205,8 @@ def test_an_update_is_that_of_torch(clip: float) -> None:
     steps = {name: torch.tensor(0.0) for name in theirs}
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        state.grads[: index.used] = torch.randn(index.used, generator=generator) * 0.01
+        used = index.units[0].used
+        state.grads[:used] = torch.randn(used, generator=generator) * 0.01
         for name, parameter in theirs.items():
             parameter.grad = state.grad(name).clone()
         norm = torch.nn.utils.clip_grad_norm_(theirs.values(), clip or math.inf)
@@ -146,7 +231,8 @@ def test_the_norm_of_a_large_gradient_is_exact_where_one_fp32_sum_is_not() -> No
     shape = replace(SMALL, vocabulary=2**16)
     index = FlatIndex.of(shape, Layout(), Layout().coordinates(0))
     state = FlatState(index, 0, device=CPU, dtype=torch.float32)
-    state.grads[: index.used] = torch.randn(index.used, generator=torch.Generator().manual_seed(0))
+    used = index.units[0].used
+    state.grads[:used] = torch.randn(used, generator=torch.Generator().manual_seed(0))
     exact = float(torch.linalg.vector_norm(state.grads, dtype=torch.float64))
     optimizer = ShardedAdamW(state, Groups(layout=Layout(), rank=0), OptimizerConfig())
     update = optimizer.update(torch.ones(1), lr=1e-3)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from keepstep.core.footprint import activation_bytes
 from keepstep.core.layout import Coordinates, Layout
+from keepstep.llama.attention import attend
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.initial import initialise
 from keepstep.llama.microbatch import (
@@ -15,15 +17,18 @@ from keepstep.llama.microbatch import (
     Rotation,
     Sequences,
     Share,
+    Window,
+    cut_window,
     frequencies,
     micro_batches,
     spans_of,
     targets_of,
 )
-from keepstep.llama.model import Means, Stage, attend
-from keepstep.llama.numerics import RECOMPUTATIONS, activation_bytes
+from keepstep.llama.model import Means, Stage
+from keepstep.llama.numerics import RECOMPUTATIONS
 from keepstep.llama.shape import ModelShape, RopeScaling
 from keepstep.llama.weights import config_of, shape_of
+from live_tensors import LiveTensors
 
 SHAPE = ModelShape(layers=2, dim=64, ffn_dim=96, heads=4, kv_heads=2, vocabulary=68, max_seq=64)
 CPU = torch.device("cpu")
@@ -233,6 +238,48 @@ def test_attention_of_each_part_of_the_context_is_that_of_the_whole(size: int, c
     torch.testing.assert_close(found, expected)
     got = torch.autograd.grad((found * weight).sum(), (q, k, v))
     torch.testing.assert_close(got, wanted)
+
+
+def test_a_window_is_cut_into_windows_of_the_same_queries_and_keys() -> None:
+    def pairs(windows: list[Window]) -> list[tuple[int, int]]:
+        """Of each query, the keys that it sees."""
+        return [(begin, end - count + k) for count, begin, end in windows for k in range(1, count + 1)]
+
+    for window in ((7, 3, 20), (5, 0, 9), (1, 0, 40)):
+        parts = cut_window(window, 50)
+        assert pairs(parts) == pairs([window])
+        assert all(count * (end - begin) <= 50 for count, begin, end in parts)
+    assert cut_window((40, 0, 40), 50) == [(40, 0, 40)], "no mask"
+
+
+def test_blocks_of_queries_attend_like_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(n, h, 16, generator=generator) for n, h in ((24, 4), (96, 2), (96, 2)))
+    batch = MicroBatch(
+        tokens=q, targets=None, scale=1.0, cos=q, sin=q, spans=(60, 36), windows=((14, 0, 50), (10, 60, 80))
+    )
+    found = []
+    for most in (2**24, 130):  # rows of two or three queries
+        monkeypatch.setattr("keepstep.llama.attention.MASK", most)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(inputs[0], inputs[1], inputs[2], batch)
+        found.append((out.detach(), *torch.autograd.grad((out * q).sum(), inputs)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_no_mask_is_larger_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(n, 1, 2).requires_grad_() for n in (256, 2048, 2048))
+    batch = MicroBatch(
+        tokens=q, targets=None, scale=1.0, cos=q, sin=q, spans=(2048,), windows=((256, 0, 2048),)
+    )
+    most = []
+    for bound in (2**24, 2**12):
+        monkeypatch.setattr("keepstep.llama.attention.MASK", bound)
+        with LiveTensors() as live:
+            attend(q, k, v, batch).sum().backward()  # type: ignore[no-untyped-call]
+        most.append(live.most)
+    assert most[0] > 256 * 2048 > 4 * most[1]
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

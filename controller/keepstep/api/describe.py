@@ -16,6 +16,7 @@ from keepstep.decide.plan import Place
 from keepstep.decide.restore import memory_point, protected_step
 from keepstep.decide.view import JobView, View
 from keepstep.spec import from_dict
+from keepstep.spec.memory import rank_memory
 from keepstep.store.rows import AttemptRow, Job
 from keepstep.wire import messages as wire
 
@@ -73,6 +74,7 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
             "age_s": control.time.age(entry.progress.moved_at) if entry else None,
             "time": entry.progress.shares() if entry else {},
         },
+        "rank_memory": _rank_memory(control, spec, layout, row),
         "restarts": {"used": used, "max": spec.recovery.restarts.max},
         "waiting_for": job.reason if job.state == JobState.QUEUED else None,
     }
@@ -84,6 +86,19 @@ async def describe_job(control: Controller, job: Job, *, whole: bool = False) ->
         told["source"] = job.source
         told["checkpoint_dir"] = checkpoint_folder(spec, job.id) if spec.checkpoint.dir else None
     return told
+
+
+def _rank_memory(
+    control: Controller, spec: JobSpec, layout: Layout, row: AttemptRow | None
+) -> dict[str, int] | None:
+    """Bytes by part of the built-in trainer's fullest rank; on GPUs until its nodes are known."""
+    if not isinstance(spec.run, LlamaRun):
+        return None
+    members = (control.fleet.members.get(name) for name in (row.nodes if row else ()))
+    nodes = [member.register for member in members if member is not None and member.register is not None]
+    gpus = not nodes or any(node.gpus for node in nodes)
+    found = rank_memory(spec.run, layout, replicas=spec.parallelism.dp, gpus=gpus)
+    return {**asdict(found), "total": found.total}
 
 
 async def _validation(control: Controller, job: JobId) -> dict[str, Any] | None:

@@ -50,6 +50,11 @@ def _share(part: str, job: Json) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+def _gb(job: Json) -> str:
+    total = (job.get("rank_memory") or {}).get("total")
+    return "-" if total is None else f"{total / 1e9:.3g}"
+
+
 COLUMNS = (
     Column("ID", lambda job: str(job["id"])),
     Column("STATE", lambda job: str(job["state"]), state=True),
@@ -58,6 +63,7 @@ COLUMNS = (
     Column("TOKENS/S", lambda job: units.count(_progress(job, "tokens_per_s")), right=True),
     Column("ATTEMPT", lambda job: str((job.get("attempt") or {}).get("number", "-")), right=True),
     Column("RANKS", lambda job: str(job.get("world_size", "-")), right=True),
+    Column("GB/RANK", _gb, right=True),
     Column("AGE", age_of, right=True),
     Column("LAYOUT", layout_of, wide=True),
     Column("POOL", lambda job: str(job.get("pool", "-")), wide=True),
@@ -157,6 +163,7 @@ def summary(job: Json) -> list[tuple[str, str]]:
         ("time", _time(progress.get("time") or {})),
         ("checkpoint", f"step {saved}" if saved is not None and saved >= 0 else ""),
         ("memory", _memory(job.get("memory") or {})),
+        ("of a rank", _of_a_rank(job.get("rank_memory") or {})),
         ("layout", f"{layout_of(job)}  ({job.get('world_size')} ranks)"),
         ("attempt", " ".join(filter(None, (str(attempt.get("number", "")), rung, where)))),
         ("restarts", f"{restarts['used']} {allowed}used" if restarts.get("used") else ""),
@@ -186,6 +193,14 @@ def _memory(memory: Json) -> str:
     safe = memory["protected_step"]
     protected = f"protected up to step {safe}" if safe >= 0 else "not protected against the loss of a node"
     return f"step {memory['step']}, {protected} ({memory['bytes'] / 1e6:.1f} MB)"
+
+
+def _of_a_rank(parts: Json) -> str:
+    """at most 61.3 GB: weights 6.1, ..."""
+    if not parts:
+        return ""
+    told = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if name != "total" and size)
+    return f"at most {parts['total'] / 1e9:.3g} GB: {told}"
 
 
 def _why(job: Json) -> str:

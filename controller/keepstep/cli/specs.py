@@ -41,8 +41,10 @@ def check(
     """Check a job's file; -o yaml prints it with every default filled in."""
     import sys
 
+    from keepstep.core.job import LlamaRun
     from keepstep.spec import check as check_of
     from keepstep.spec import rank_map, to_dict
+    from keepstep.spec.memory import rank_memory
 
     path = Path(file)
     if not path.is_file():
@@ -53,6 +55,9 @@ def check(
 
     def page(wide: bool) -> None:
         print(checked.summary)
+        if isinstance(run := checked.spec.run, LlamaRun):
+            layout = checked.spec.parallelism
+            print(f"on GPUs a rank takes at most {rank_memory(run, layout, replicas=layout.dp)}")
         if wide:
             print(rank_map(checked.spec))
 

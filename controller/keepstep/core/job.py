@@ -216,6 +216,9 @@ class Numerics:
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
+    shard: Literal["optimizer", "gradients", "parameters"] = (
+        "optimizer"  # over dp x cp, each with those before
+    )
     compile: bool = False
     float8: bool = False
     deterministic: bool = False

@@ -77,3 +77,15 @@ def local_ranks(world_size: int, nodes: int, node_rank: int) -> range:
     per_node, rest = divmod(world_size, nodes)
     assert rest == 0, f"{world_size} ranks on {nodes} nodes"
     return range(node_rank * per_node, (node_rank + 1) * per_node)
+
+
+def stage_layers(layers: int, stages: int, stage: int) -> range:
+    """The layers of a (virtual) stage: equally many where that can be.
+
+    Else embedding and output count as a layer each, as in the paper (section 3.3.2): 126 layers on 16 stages
+    are 7, 8 ... 8, 7. What is over goes to the later stages.
+    """
+    if layers % stages == 0:
+        return range(layers // stages * stage, layers // stages * (stage + 1))
+    first, stop = ((layers + 2) * k // stages - 1 for k in (stage, stage + 1))
+    return range(max(0, first), min(layers, stop))

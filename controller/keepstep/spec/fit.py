@@ -68,6 +68,8 @@ def doubts(spec: JobSpec) -> Iterator[str]:
                 f"run.llama.batch: {counted(count, 'micro-batch', 'micro-batches')} a step for {layout.pp} "
                 f"pipeline stages: {layout.pp - count} or more of them are idle at any time."
             )
+        if spec.run.numerics.shard != "optimizer" and layout.dp * layout.cp == 1:
+            yield "run.llama.numerics.shard: with dp 1 and cp 1 there is nobody to share anything with."
     if spec.elastic.min_dp < layout.dp and spec.replica_counts == (layout.dp,):
         fewer = range(spec.elastic.min_dp, layout.dp)
         these = (

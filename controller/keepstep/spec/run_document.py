@@ -213,6 +213,14 @@ class NumericsSection(Section):
     ] = "none"  # fmt: skip
     """What the backward pass computes again instead of keeping it. selective: what takes no matrices; full:
     each layer. A layer of 8b at 8,192 tokens keeps 1,142, 773 or 67 MB."""
+    shard: Annotated[
+        Literal["optimizer", "gradients", "parameters"],
+        BeforeValidator(scalars.one_of("optimizer", "gradients", "parameters")),
+        Kind("a word", "gradients"),
+    ] = "optimizer"  # fmt: skip
+    """What ranks of dp x cp share out, each with those before it (ZeRO 1, 2, 3). gradients: added layer by
+    layer after each micro-batch. parameters: also gathered layer by layer, before each forward and backward
+    pass. The less a rank holds, the more is sent."""
     compile: Truth = False
     """Compile the element-wise parts of each block, with torch.compile; the first step takes longer."""
     float8: Truth = False

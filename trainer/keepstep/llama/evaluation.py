@@ -79,9 +79,10 @@ class Evaluator:
             targets = targets_of(sequences)
             targets[len(mine) :] = -100
             batches = trainer.cut(sequences, targets, scale=1.0)
-            loss = trainer.runner.run(batches, learns=False)
+            losses = trainer.runner.run(batches, learns=False)
             if trainer.counts_loss:
-                sums[0] += loss
+                for loss in losses.double():
+                    sums[0] += loss
                 sums[1] += sum((part.targets >= 0).sum() for part in batches if part.targets is not None)
         return sums
 

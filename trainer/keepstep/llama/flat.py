@@ -1,6 +1,6 @@
-"""Flat buffers: all parameters of one (pipeline rank, tensor shard) end to end in one vector.
+"""Flat buffers: all parameters of one (pipeline rank, tensor shard) end to end in one vector of units.
 
-    flat index   0 ............ matrices ...... used .. length
+    unit         0 ............ matrices ...... used .. stop
                  | 2-D weights  | norm weights | padding |
     owned by     | cp 0            | cp 1                |     equal consecutive ranges, and of each of them
                  | dp 0   | dp 1   | dp 0   | dp 1       |     equal ranges again
@@ -8,23 +8,31 @@
 Matrices come first: they are cut over the tensor parallel ranks and decay; norm weights come last: every
 tensor parallel rank has them whole and they do not decay. So either kind is one slice.
 
-`weights` and `grads` are the whole vector on every rank; `state` holds fp32 master weights and both moments
-of the range this rank owns, in one contiguous piece: a snapshot is one copy. The length does not depend on
-the present number of replicas, only on the number the job asked for (`replicas`), so that a job that shrinks
-cuts the same vector into fewer, longer pieces.
+A unit is what is gathered and reduced at once. Where only the optimizer's state is sharded there is one, the
+whole; where gradients or parameters are, each layer, the embedding and the output (with its norm) is one:
+
+    shard         weights                grads                  (on every rank)
+    optimizer     the whole vector       the whole vector
+    gradients     the whole vector       one unit
+    parameters    one unit, or two       one unit               two: the next one is on its way (CUDA)
+
+`state` holds fp32 master weights and both moments of the ranges this rank owns, unit after unit, in one
+contiguous piece: a snapshot is one copy. The lengths do not depend on the present number of replicas, only on
+the number the job asked for (`replicas`), so that a job that shrinks cuts the same vector into fewer, longer
+pieces.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from keepstep.core.errors import InputError
-from keepstep.core.layout import Coordinates, Layout
+from keepstep.core.footprint import ALIGNMENT
+from keepstep.core.layout import Coordinates, Layout, stage_layers
 from keepstep.llama.shape import ModelShape
-
-ALIGNMENT = 64  # elements: owned ranges start at whole cache lines, whatever the data type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +59,25 @@ class FlatParameter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A range of the flat index that is gathered and reduced at once."""
+
+    number: int
+    parameters: tuple[FlatParameter, ...]
+    start: int
+    matrices: int  # where norm weights start
+    used: int  # where padding starts
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlatIndex:
     """The table of one (pipeline rank with all its chunks, tensor shard), the same on all its replicas."""
 
-    parameters: tuple[FlatParameter, ...]
-    matrices: int  # where norm weights start
-    used: int  # where padding starts
-    length: int
+    units: tuple[Unit, ...]
     replicas: int  # that the job asked for; the present dp divides it
     dp: int
     cp: int
@@ -65,90 +85,154 @@ class FlatIndex:
 
     @classmethod
     def of(
-        cls, shape: ModelShape, layout: Layout, at: Coordinates, *, replicas: int = 0, chunks: int = 1
+        cls,
+        shape: ModelShape,
+        layout: Layout,
+        at: Coordinates,
+        *,
+        replicas: int = 0,
+        chunks: int = 1,
+        shard: str = "optimizer",
     ) -> "FlatIndex":
         replicas = replicas or layout.dp
         check_layout(shape, layout, replicas, chunks)
         stages = layout.pp * chunks
         sizes = [s for stage in range(at.pp, stages, layout.pp) for s in stage_sizes(shape, stages, stage)]
-        ordered = [s for s in sizes if len(s[1]) > 1] + [s for s in sizes if len(s[1]) == 1]
-        parameters, offset, matrices = [], 0, 0
-        for name, size in ordered:
-            dim = tp_dim(name)
-            local, start = list(size), 0
-            if dim is not None:
-                local[dim] //= layout.tp
-                start = at.tp * local[dim]
-            placed = FlatParameter(
-                name=name, shape=tuple(local), global_shape=size, tp_dim=dim, tp_offset=start, offset=offset
-            )
-            parameters.append(placed)
-            offset += placed.numel
-            matrices = offset if dim is not None else matrices
-        unit = layout.cp * replicas * ALIGNMENT
-        return cls(
-            parameters=tuple(parameters), matrices=matrices, used=offset, length=-(-offset // unit) * unit,
-            replicas=replicas, dp=layout.dp, cp=layout.cp, cp_rank=at.cp,
-        )  # fmt: skip
+        together = [sizes]
+        if shard != "optimizer":
+            together = [list(group) for _, group in itertools.groupby(sizes, lambda size: unit_of(size[0]))]
+        units, offset = [], 0
+        for number, part in enumerate(together):
+            unit = _placed(part, layout, at, number, offset, layout.cp * replicas * ALIGNMENT)
+            units.append(unit)
+            offset = unit.stop
+        return cls(units=tuple(units), replicas=replicas, dp=layout.dp, cp=layout.cp, cp_rank=at.cp)
+
+    @property
+    def parameters(self) -> Iterator[FlatParameter]:
+        return (parameter for unit in self.units for parameter in unit.parameters)
+
+    @property
+    def length(self) -> int:
+        return self.units[-1].stop
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest unit."""
+        return max(map(len, self.units))
 
     @property
     def shard(self) -> int:
         """Elements that each rank owns."""
         return self.length // (self.cp * self.dp)
 
-    @property
-    def segment(self) -> range:
-        """What the replicas of this context parallel rank share: the same however many there are."""
-        size = self.length // self.cp
-        return range(self.cp_rank * size, (self.cp_rank + 1) * size)
+    def segment(self, unit: Unit) -> range:
+        """What the replicas of this context parallel rank share of it: the same however many there are."""
+        size = len(unit) // self.cp
+        return range(unit.start + self.cp_rank * size, unit.start + (self.cp_rank + 1) * size)
 
-    def owned(self, dp_rank: int) -> range:
-        start = self.segment.start + dp_rank * self.shard
-        return range(start, start + self.shard)
+    def owned(self, dp_rank: int) -> tuple[range, ...]:
+        """Of each unit the range that a rank owns; they lie end to end in its state."""
+        owned = []
+        for unit in self.units:
+            size = len(unit) // (self.cp * self.dp)
+            start = self.segment(unit).start + dp_rank * size
+            owned.append(range(start, start + size))
+        return tuple(owned)
 
-    def __getitem__(self, name: str) -> FlatParameter:
-        return next(p for p in self.parameters if p.name == name)
+    def local(self, unit: Unit) -> slice:
+        """Where a rank's range of it lies in the rank's state."""
+        ranks = self.cp * self.dp
+        return slice(unit.start // ranks, unit.stop // ranks)
+
+    def __getitem__(self, name: str) -> tuple[Unit, FlatParameter]:
+        return next((unit, p) for unit in self.units for p in unit.parameters if p.name == name)
+
+
+def _placed(
+    sizes: Sequence[tuple[str, tuple[int, ...]]],
+    layout: Layout,
+    at: Coordinates,
+    number: int,
+    start: int,
+    multiple: int,
+) -> Unit:
+    """Names and global shapes as a unit from `start` on, whose length is a multiple of so many elements."""
+    ordered = [s for s in sizes if len(s[1]) > 1] + [s for s in sizes if len(s[1]) == 1]
+    parameters, offset, matrices = [], start, start
+    for name, size in ordered:
+        dim = tp_dim(name)
+        local, first = list(size), 0
+        if dim is not None:
+            local[dim] //= layout.tp
+            first = at.tp * local[dim]
+        placed = FlatParameter(
+            name=name, shape=tuple(local), global_shape=size, tp_dim=dim, tp_offset=first, offset=offset
+        )
+        parameters.append(placed)
+        offset += placed.numel
+        matrices = offset if dim is not None else matrices
+    stop = start + -(-(offset - start) // multiple) * multiple
+    return Unit(
+        number=number, parameters=tuple(parameters), start=start, matrices=matrices, used=offset, stop=stop
+    )
 
 
 class FlatState:
     """The buffers of one rank. `step` counts completed updates."""
 
-    def __init__(self, index: FlatIndex, dp_rank: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        index: FlatIndex,
+        dp_rank: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        shard: str = "optimizer",
+        ahead: bool = False,
+    ) -> None:
+        """`ahead`: where parameters are sharded, room for a second unit's weights."""
         self.index, self.dp_rank, self.step = index, dp_rank, 0
-        shard = index.shard
-        self.state = torch.zeros(3 * shard, device=device)
-        self.master, self.exp_avg, self.exp_avg_sq = torch.split(self.state, shard)
+        self.state = torch.zeros(3 * index.shard, device=device)
+        self.master, self.exp_avg, self.exp_avg_sq = torch.split(self.state, index.shard)
         # Who owns everything in fp32 computes with the master weights themselves: nothing to copy.
         self.shared = index.dp * index.cp == 1 and dtype == torch.float32
-        self.weights = self.master if self.shared else torch.zeros(index.length, device=device, dtype=dtype)
-        self.grads = torch.zeros(index.length, device=device)  # fp32: sums of many micro-batches
+        # What a rank holds whole: all units, or windows that they share by turns.
+        self.parameters_sharded = shard == "parameters"
+        self.gradients_sharded = shard != "optimizer"
+        self.ahead = ahead
+        self._windows = 1 + ahead if self.parameters_sharded and not self.shared else 0
+        if self.shared:
+            self.weights = self.master
+        else:
+            held = self._windows * index.largest if self._windows else index.length
+            self.weights = torch.zeros(held, device=device, dtype=dtype)
+        held = index.largest if self.gradients_sharded else index.length
+        self.grads = torch.zeros(held, device=device)  # fp32: sums of many micro-batches
+
+    def weights_of(self, unit: Unit) -> Tensor:
+        """[len(unit)], whether they are there now or not."""
+        start = unit.number % self._windows * self.index.largest if self._windows else unit.start
+        return self.weights[start : start + len(unit)]
+
+    def grads_of(self, unit: Unit) -> Tensor:
+        start = 0 if self.gradients_sharded else unit.start
+        return self.grads[start : start + len(unit)]
 
     def weight(self, *names: str) -> Tensor:
-        return self._view(self.weights, names)
+        return self._view(self.weights_of, names)
 
     def grad(self, *names: str) -> Tensor:
-        return self._view(self.grads, names)
+        return self._view(self.grads_of, names)
 
-    def _view(self, buffer: Tensor, names: Iterable[str]) -> Tensor:
+    def _view(self, buffer: Callable[[Unit], Tensor], names: Iterable[str]) -> Tensor:
         """One parameter's view, or that of neighbours stacked along their first dimension."""
-        first, *others = (self.index[name] for name in names)
+        (unit, first), *others = (self.index[name] for name in names)
         stop, rows = first.span.stop, first.shape[0]
-        for other in others:
+        for _, other in others:
             assert other.offset == stop and other.shape[1:] == first.shape[1:], other.name
             stop, rows = other.span.stop, rows + other.shape[0]
-        return buffer[first.offset : stop].view(rows, *first.shape[1:])
-
-
-def stage_layers(layers: int, stages: int, stage: int) -> range:
-    """The layers of a (virtual) stage: equally many where that can be.
-
-    Else embedding and output count as a layer each, as in the paper (section 3.3.2): 126 layers on 16 stages
-    are 7, 8 ... 8, 7. What is over goes to the later stages.
-    """
-    if layers % stages == 0:
-        return range(layers // stages * stage, layers // stages * (stage + 1))
-    first, stop = ((layers + 2) * k // stages - 1 for k in (stage, stage + 1))
-    return range(max(0, first), min(layers, stop))
+        return buffer(unit)[first.offset - unit.start : stop - unit.start].view(rows, *first.shape[1:])
 
 
 def stage_sizes(shape: ModelShape, stages: int, stage: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -197,6 +281,11 @@ def check_layout(shape: ModelShape, layout: Layout, replicas: int, chunks: int =
         refuse(f"dim {shape.dim} does not fit", f"it is no even multiple of {shape.heads} heads")
     if shape.heads % shape.kv_heads:
         refuse(f"{shape.kv_heads} KV heads do not fit", f"they do not divide {shape.heads} heads")
+
+
+def unit_of(name: str) -> str:
+    """The unit of a parameter, where units are layers: the last norm goes with the output."""
+    return "output" if name == "norm.weight" else _block(name)
 
 
 def _block(name: str) -> str:

@@ -12,18 +12,20 @@ DEVIATION = 0.02
 
 
 def initialise(state: FlatState, shape: ModelShape, seed: int) -> None:
-    """Fill the owned range of the master weights: normal for matrices, ones for norms.
+    """Fill the owned ranges of the master weights: normal for matrices, ones for norms.
 
     Matrices that write into the residual stream start smaller, by the square root of their number, so that
     its variance does not grow with depth.
     """
-    owned = state.index.owned(state.dp_rank)
-    for parameter in state.index.parameters:
-        start, stop = max(owned.start, parameter.offset), min(owned.stop, parameter.span.stop)
-        if start < stop:
-            values = _values(parameter, shape, seed).reshape(-1)
-            here = values[start - parameter.offset : stop - parameter.offset]
-            state.master[start - owned.start : stop - owned.start].copy_(here)
+    index = state.index
+    for unit, owned in zip(index.units, index.owned(state.dp_rank), strict=True):
+        master = state.master[index.local(unit)]
+        for parameter in unit.parameters:
+            start, stop = max(owned.start, parameter.offset), min(owned.stop, parameter.span.stop)
+            if start < stop:
+                values = _values(parameter, shape, seed).reshape(-1)
+                here = values[start - parameter.offset : stop - parameter.offset]
+                master[start - owned.start : stop - owned.start].copy_(here)
 
 
 def _values(parameter: FlatParameter, shape: ModelShape, seed: int) -> torch.Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 
 from keepstep.core.checkpoints import Branch, Point
 from keepstep.core.errors import InputError
+from keepstep.core.footprint import Training
 from keepstep.core.ids import Attempt, JobId, Step
 from keepstep.core.layout import Layout
 from keepstep.llama.flat import check_layout
 from keepstep.llama.float8 import check_shape
-from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, Numerics
+from keepstep.llama.numerics import PLAIN, PRECISIONS, RECOMPUTATIONS, SHARDS, Numerics
 from keepstep.llama.optimizer import OptimizerConfig
 from keepstep.llama.schedule import ONE_CHUNK, SCHEDULES, Pipeline
 from keepstep.llama.shape import ModelShape
@@ -112,6 +113,14 @@ class TrainJob:
         """Of a replica in a step."""
         return self.sequences_per_replica // self.micro_batch
 
+    def training(self, *, element: int, cuda: bool) -> Training:
+        """What decides the memory of a rank; `element`: bytes of the precision that is computed in."""
+        return Training(
+            seq=self.seq, micro_batch=self.micro_batch, micro_batches=self.micro_batches,
+            replicas=self.replicas, schedule=self.pipeline.schedule, chunks=self.pipeline.chunks,
+            recompute=self.numerics.recompute, shard=self.numerics.shard, element=element, cuda=cuda,
+        )  # fmt: skip
+
     @classmethod
     def read(cls, path: Path) -> "TrainJob":
         try:
@@ -195,6 +204,7 @@ class TrainJob:
             ("pipeline.schedule", schedule, SCHEDULES),
             ("numerics.precision", self.numerics.precision, PRECISIONS),
             ("numerics.recompute", self.numerics.recompute, RECOMPUTATIONS),
+            ("numerics.shard", self.numerics.shard, SHARDS),
         ):
             if word not in known:
                 raise InputError(f"there is no {word!r}", where=where, next=f"Known: {', '.join(known)}.")

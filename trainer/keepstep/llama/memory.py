@@ -131,16 +131,16 @@ def load(job: TrainJob, state: FlatState, slots: Slots | None, *, dp_rank: int) 
     coordinates = job.layout.coordinates(slots.shape.rank)
     ranks = [int(old.rank(dp=dp, pp=coordinates.pp, cp=coordinates.cp, tp=coordinates.tp)) for dp in replicas]
     found = slots.load(ranks, old.world_size, at)
-    # Replicas share out the same segment of the vector, however many they are: positions are within it.
-    shard, start = len(index.segment) // old.dp, dp_rank * index.shard
-    owned = range(start, start + index.shard)
+    # Replicas share out the same segment of each unit, however many they are: positions are within it.
     parts = state.state.view(3, -1)
     for dp, held in zip(replicas, found, strict=True):
-        theirs = torch.frombuffer(held.payload, dtype=state.state.dtype).view(3, shard)
-        first, last = max(owned.start, dp * shard), min(owned.stop, (dp + 1) * shard)
-        parts[:, first - owned.start : last - owned.start].copy_(
-            theirs[:, first - dp * shard : last - dp * shard]
-        )
+        theirs = torch.frombuffer(held.payload, dtype=state.state.dtype).view(3, -1)
+        for unit in index.units:
+            size = len(unit) // index.cp
+            ours, begin = dp_rank * size // index.dp, dp * size // old.dp
+            first, last = max(ours, begin), min(ours + size // index.dp, begin + size // old.dp)
+            to, start = index.local(unit).start - ours, unit.start // (index.cp * old.dp) - begin
+            parts[:, to + first : to + last].copy_(theirs[:, start + first : start + last])
     state.step = job.restore.step
     values: dict[str, Any] = json.loads(found[0].description)["values"]
     return values

@@ -16,6 +16,8 @@ from torch import Tensor
 from keepstep.llama.data import Batch
 from keepstep.llama.shape import ModelShape
 
+Window = tuple[int, int, int]  # how many queries, and from where to where the last one's keys are
+
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
@@ -43,7 +45,7 @@ class MicroBatch:
     order: Tensor | None = (
         None  # [all tokens]: where each is among those gathered over context parallel ranks
     )
-    windows: tuple[tuple[int, int, int], ...] = ()  # see windows_of; empty where no context is cut
+    windows: tuple[Window, ...] = ()  # see windows_of; empty where no context is cut
     mask: Any = None  # a flex_attention BlockMask on CUDA
 
     def __repr__(self) -> str:
@@ -160,9 +162,7 @@ def spans_of(documents: Tensor) -> tuple[int, ...]:
     return tuple(lengths.tolist())
 
 
-def windows_of(
-    spans: Sequence[int], chunks: Sequence[range], sequences: int, seq: int
-) -> tuple[tuple[int, int, int], ...]:
+def windows_of(spans: Sequence[int], chunks: Sequence[range], sequences: int, seq: int) -> tuple[Window, ...]:
     """For each run of queries of one chunk and one document: how many, and the keys that the last one sees.
 
     Keys are counted over all tokens of the micro-batch: from the document's start to the last query.
@@ -176,6 +176,16 @@ def windows_of(
                 if (last := min(end, stop)) > max(begin, first):
                     found.append((last - max(begin, first), begin, last))
     return tuple(found)
+
+
+def cut_window(window: Window, most: int) -> list[Window]:
+    """As windows of at most `most` pairs of queries and keys; one that needs no mask is left as it is."""
+    count, begin, end = window
+    if count == end - begin:
+        return [window]
+    size = max(1, most // (end - begin))
+    stops = [*range(size, count, size), count]
+    return [(b - a, begin, end - count + b) for a, b in zip([0, *stops], stops, strict=False)]
 
 
 def _block_mask(documents: Tensor, mine: Tensor, device: torch.device) -> Any:

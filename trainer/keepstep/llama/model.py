@@ -8,23 +8,24 @@ Activations are [tokens, dim] with the sequences of a micro-batch end to end. wq
 flat buffer, so they are one matrix here; so are w1 and w3.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from keepstep.llama.flat import FlatState, stage_layers
+from keepstep.core.footprint import LOGITS
+from keepstep.core.layout import stage_layers
+from keepstep.llama.attention import attend
+from keepstep.llama.flat import FlatState
 from keepstep.llama.float8 import multiply8
 from keepstep.llama.kernels import PLAIN, Kernels
 from keepstep.llama.microbatch import MicroBatch
-from keepstep.llama.numerics import LOGITS
 from keepstep.llama.shape import ModelShape
+from keepstep.llama.sharding import Sharded, linked, within
 from keepstep.llama.tensor_parallel import Peers, cross_entropy, embedding, multiply, row_linear
 
 
@@ -48,6 +49,7 @@ class Means:
     cp: Peers = field(default_factory=lambda: Peers(along="cp"))
     kernels: Kernels = PLAIN
     recompute: str = "none"
+    units: Mapping[str, Sharded] = field(default_factory=dict)  # by name; none: nothing comes and goes
     float8: bool = False
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -152,17 +154,16 @@ class _HeadLoss(Function):
                 else:
                     dwhole = dpart
         if learns:
-            ctx.save_for_backward(x, inverse, means.tp.scatter_sum(dwhole))
-            ctx.of = norm, means
+            dnormed = means.tp.scatter_sum(dwhole)
+            dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
+            norm.grad.add_(dweight)
+            ctx.save_for_backward(dx)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _one: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, inverse, dnormed = ctx.saved_tensors
-        norm, means = ctx.of
-        dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
-        norm.grad.add_(dweight)
+        (dx,) = ctx.saved_tensors
         return dx, None, None, None, None
 
 
@@ -204,7 +205,7 @@ class _Recomputed(Function):
 class Layer:
     def __init__(self, shape: ModelShape, state: FlatState, layer: int, means: Means) -> None:
         at = f"layers.{layer}"
-        self.means = means
+        self.means, self.unit = means, means.units.get(at)
         self.heads, self.kv_heads = shape.heads // means.tp.size, shape.kv_heads // means.tp.size
         self.head_dim = shape.head_dim
         self.attention_norm = RmsNorm(state, f"{at}.attention_norm.weight", shape.norm_eps)
@@ -216,8 +217,8 @@ class Layer:
 
     def __call__(self, x: Tensor, batch: MicroBatch) -> Tensor:
         if self.means.recompute == "full":
-            return _Recomputed.apply(x, self, batch)  # type: ignore[no-any-return]
-        return self.run(x, batch)
+            return within(self.unit, lambda x: _Recomputed.apply(x, self, batch), x)
+        return within(self.unit, lambda x: self.run(x, batch), x)
 
     def run(self, x: Tensor, batch: MicroBatch) -> Tensor:
         x = x + self.attention(x, batch)
@@ -241,62 +242,6 @@ class Layer:
         return row_linear(mixed, self.wo.weight, self.wo.grad, means.tp, means.multiply)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
-    """Causal attention inside each document; q [tokens, heads, head_dim], k and v with the KV heads.
-
-    Where the context is cut, q are this rank's tokens, k and v those of the whole sequences. On CPU each
-    document is a call of its own, so no mask exists and no work is spent across documents; documents of one
-    length (whole sequences, as a rule) share a call. On CUDA a block mask does the same.
-    """
-    if batch.mask is not None:
-        return _flex(q, k, v, batch.mask)
-    if batch.windows:
-        return _windowed(q, k, v, batch.windows)
-    spans = batch.spans
-    if len(set(spans)) == 1:
-        return _causal(q, k, v, len(spans))
-    parts = zip(*(torch.split(x, list(spans)) for x in (q, k, v)), strict=True)
-    return torch.cat([_causal(q, k, v, 1) for q, k, v in parts])
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, documents: int) -> Tensor:
-    q, k, v = (x.reshape(documents, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _windowed(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[tuple[int, int, int]]) -> Tensor:
-    """The last of a window's keys is its last query's own, and each query before sees one less."""
-    parts, start = [], 0
-    for count, begin, end in windows:
-        rows, keys = slice(start, start + count), slice(begin, end)
-        q_, k_, v_ = (x.transpose(0, 1).unsqueeze(0) for x in (q[rows], k[keys], v[keys]))
-        seen = None
-        if count < end - begin:
-            seen = torch.ones(count, end - begin, dtype=torch.bool, device=q.device).tril_(
-                end - begin - count
-            )
-        out = F.scaled_dot_product_attention(
-            q_, k_, v_, attn_mask=seen, is_causal=seen is None, enable_gqa=k.shape[1] != q.shape[1]
-        )
-        parts.append(out.squeeze(0).transpose(0, 1))
-        start += count
-    return torch.cat(parts)
-
-
-@functools.cache
-def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out: Tensor = _compiled()(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
-    return out.squeeze(0).transpose(0, 1)
-
-
 class Stage:
     """The layers of a (virtual) stage: before the first the embedding, after the last norm, output, loss."""
 
@@ -310,15 +255,38 @@ class Stage:
         if self.last:
             self.norm = RmsNorm(state, "norm.weight", shape.norm_eps)
             self.output = Matrix(state, "output.weight")
+        self.head = means.units.get("output") if self.last else None
+        self.table = means.units.get("embedding") if self.first else None
+        linked([self.table, *(layer.unit for layer in self.layers), self.head])
 
     def __call__(self, x: Tensor, *, batch: MicroBatch) -> Tensor:
         """x is [tokens] in the first stage, else [tokens/tp, dim]; gives the latter, or the scaled loss."""
         if self.first:
-            x = embedding(batch.tokens, self.embedding.weight, self.embedding.grad, self.means.tp)
+            x = self._embedded(batch.tokens)
         for layer in self.layers:
             x = layer(x, batch)
         if not self.last:
             return x
         if batch.targets is None:
             return _NormColumn.apply(x, self.norm, self.output, self.means)  # type: ignore[no-any-return]
-        return _HeadLoss.apply(x, self.norm, self.output, batch, self.means)  # type: ignore[no-any-return]
+        return self._loss(x, batch)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        table, means = self.embedding, self.means
+        anchor = torch.zeros((), device=table.grad.device, requires_grad=True)
+        return within(
+            self.table,
+            lambda anchor: embedding(anchor, tokens, table.weight, table.grad, means.tp),
+            anchor,
+        )  # fmt: skip
+
+    def _loss(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if self.head is not None:  # both passes are one
+            self.head.gather()
+            if learns:
+                self.head.expect()
+        loss: Tensor = _HeadLoss.apply(x, self.norm, self.output, batch, self.means)
+        if self.head is not None and learns:
+            self.head.collect()
+        return loss

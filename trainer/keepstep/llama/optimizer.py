@@ -1,16 +1,17 @@
-"""AdamW over flat buffers, each rank updating the range it owns (ZeRO stage 1, over DP x CP).
+"""AdamW over flat buffers, each rank updating the ranges it owns (ZeRO, over DP x CP).
 
-One update: gradients are added over context parallel ranks, each taking one segment; those of all replicas
-are exchanged so that each owner adds those of its range; a few numbers
-are gathered from every rank (loss, squared norm); the owner clips and updates; the new weights are gathered.
+One update: the owner has the sum of the gradient of its ranges (sharding.py); a few numbers are gathered from
+every rank (loss, squared norm); the owner clips and updates; the new weights are gathered, at once or, where
+parameters are sharded, when they are needed.
 
 Sums are made in a fixed order that does not depend on the present number of replicas. A job that asked for
-four replicas and has two left lets each compute the gradients of two, keeps them apart until they are added
-in the old order, and so gets the old result bit by bit (on CPU; NCCL adds in an order of its own).
+four replicas and has two left lets each compute the gradients of two, adds them in the old order, and so gets
+the old result bit by bit (on CPU; NCCL adds in an order of its own).
 
 Norm weights do not decay, matrices do. Gradients are fp32, whatever the weights are.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +24,7 @@ from torch import Tensor
 from keepstep.core.errors import InputError
 from keepstep.llama.flat import FlatState
 from keepstep.llama.parallel import Groups
-from keepstep.llama.tensor_parallel import reduce_scatter
+from keepstep.llama.sharding import Gradients, Weights
 from keepstep.session import Session, current
 
 ROW = 1024  # elements of the gradient whose squares are added in fp32
@@ -79,59 +80,6 @@ class Update:
     skipped: bool = False  # its batch is left out: it was known to do harm
 
 
-class Gradients:
-    """Collects the gradient buffers of this rank's replicas and gives the owned range of their sum."""
-
-    def __init__(self, state: FlatState, groups: Groups, session: Session) -> None:
-        index = state.index
-        self.state, self.groups, self._session = state, groups, session
-        self.mine = index.replicas // index.dp  # replicas that this rank computes
-        # NCCL adds while it reduces; elsewhere, and where one rank stands for several replicas, blocks are
-        # kept apart until all are here: received[replica][sender].
-        self.direct = state.grads.is_cuda and self.mine == 1
-        self.received = torch.empty(0)
-        if not self.direct and index.replicas > 1:
-            shape = (self.mine, index.dp, index.shard)
-            self.received = torch.empty(shape, device=state.grads.device)
-        # What is left to share out among the replicas, once context parallel ranks have added theirs.
-        self.segment = state.grads
-        if index.cp > 1:
-            self.segment = torch.empty(len(index.segment), device=state.grads.device)
-        self.owned = (
-            self.segment if index.replicas == 1 else torch.empty(index.shard, device=state.grads.device)
-        )
-
-    def collect(self, replica: int) -> None:
-        """Takes state.grads as the gradient of this rank's replica number `replica` (0-based)."""
-        state, index = self.state, self.state.index
-        if self.groups.tp is not None:  # each tensor rank saw a share of the tokens only
-            self._session.wait("tp")
-            dist.all_reduce(state.grads[index.matrices : index.used], group=self.groups.tp)
-            self._session.go_on()
-        if index.cp > 1:
-            self._session.wait("cp")
-            reduce_scatter(self.segment, state.grads, self.groups.cp)
-            self._session.go_on()
-        if index.dp > 1:
-            self._session.wait("dp")
-            if self.direct:
-                dist.reduce_scatter_tensor(self.owned, self.segment, group=self.groups.dp)
-            else:
-                dist.all_to_all_single(self.received[replica].view(-1), self.segment, group=self.groups.dp)
-            self._session.go_on()
-        elif index.replicas > 1 and not self.direct:
-            self.received[replica, 0].copy_(self.segment)
-
-    def sum(self) -> Tensor:
-        if not self.direct and self.state.index.replicas > 1:
-            senders = range(self.state.index.dp)
-            blocks = [self.received[k, sender] for sender in senders for k in range(self.mine)]
-            torch.add(blocks[0], blocks[1], out=self.owned)
-            for block in blocks[2:]:
-                self.owned.add_(block)
-        return self.owned
-
-
 class ShardedAdamW:
     def __init__(
         self, state: FlatState, groups: Groups, config: OptimizerConfig, session: Session | None = None
@@ -139,16 +87,21 @@ class ShardedAdamW:
         self.state, self.groups, self.config = state, groups, config
         self._session = session or current()
         self.gradients = Gradients(state, groups, self._session)
+        self.weights = Weights(state, groups, self._session)
         index = state.index
-        owned = index.owned(state.dp_rank)
-        self._decaying = max(0, min(index.matrices - owned.start, index.shard))  # elements of the owned range
-        # Squared norms per replica-sized piece, in flat order: the same pieces whatever dp is now.
-        piece = len(index.segment) // index.replicas
-        stop = index.used if groups.at.tp == 0 else index.matrices  # norms count once
-        self._pieces = [
-            slice(min(k, stop) - owned.start, min(k + piece, stop) - owned.start)
-            for k in range(owned.start, owned.stop, piece)
-        ]
+        # Squared norms per replica-sized piece of each unit: the same pieces whatever dp is now.
+        self._pieces: list[list[slice]] = [[] for _ in range(self.gradients.mine)]
+        self._matrices: list[slice] = []  # of the owned state
+        self._norms: list[slice] = []
+        for unit, owned in zip(index.units, index.owned(state.dp_rank), strict=True):
+            at = index.local(unit).start - owned.start
+            piece = len(owned) // len(self._pieces)
+            stop = unit.used if groups.at.tp == 0 else unit.matrices  # norms count once
+            for pieces, k in zip(self._pieces, range(owned.start, owned.stop, piece), strict=True):
+                pieces.append(slice(at + min(k, stop), at + min(k + piece, stop)))
+            edge = max(owned.start, min(unit.matrices, owned.stop))
+            self._matrices += [slice(at + owned.start, at + edge)] if edge > owned.start else []
+            self._norms += [slice(at + edge, at + owned.stop)] if edge < owned.stop else []
         self._count = torch.zeros((), device=state.state.device)
 
     def update(
@@ -169,7 +122,7 @@ class ShardedAdamW:
         a batch that is left out.
         """
         grads = self.gradients.sum()
-        squares = torch.stack([squared_norm(grads[piece]) for piece in self._pieces])
+        squares = torch.stack([_added([squared_norm(grads[p]) for p in pieces]) for pieces in self._pieces])
         others = [losses.new_full(losses.shape, value, dtype=torch.float64) for value in (*asks, *says)]
         rows = self._gathered(torch.stack((losses.double(), squares, *others), dim=1))
         summed = 2 + len(asks)
@@ -184,35 +137,29 @@ class ShardedAdamW:
         return Update(loss=loss, grad_norm=norm, asks=tuple(wish > 0 for wish in wished), least=least)
 
     def publish(self) -> None:
-        """Every rank's weights from the owners' master weights: after an update and after a restore."""
-        state = self.state
-        if state.shared:
-            return
-        index = state.index
-        segment = state.weights[index.segment.start : index.segment.stop]
-        if index.dp == 1:
-            segment.copy_(state.master)
-        else:
-            own = state.master if state.weights.dtype == torch.float32 else state.master.to(segment.dtype)
-            self._session.wait("dp")
-            dist.all_gather_into_tensor(segment, own, group=self.groups.dp)
-            self._session.go_on()
-        if index.cp > 1:
-            own = segment.clone()
-            self._session.wait("cp")
-            dist.all_gather_into_tensor(state.weights, own, group=self.groups.cp)
-            self._session.go_on()
+        """Every rank's weights from the owners' master weights: after an update and after a restore.
+
+        Where parameters are sharded nobody has them between two updates.
+        """
+        if not self.state.parameters_sharded:
+            for unit in self.state.index.units:
+                self.weights.gather(unit)
 
     def _gathered(self, mine: Tensor) -> list[list[float]]:
-        """[replicas of this rank, n] of all ranks, in the order of replica, stage, shard."""
+        """[replicas of this rank, n] of all ranks, in the order of replica, stage, shard.
+
+        Of replicas a rank has every dp-th, but of the squares (the second column) those of neighbouring
+        pieces.
+        """
         layout, rows = self.groups.layout, mine
         if self.groups.world is not None:
             every = mine.new_empty(layout.world_size * mine.shape[0], mine.shape[1])
             self._session.wait("world")
             dist.all_gather_into_tensor(every, mine, group=self.groups.world)
             self._session.go_on()
-            by_replica = every.view(layout.dp, layout.replica_size, *mine.shape).transpose(1, 2)
-            rows = by_replica.reshape(-1, mine.shape[1])
+            by_rank = every.view(layout.dp, layout.replica_size, *mine.shape)
+            rows = by_rank.permute(2, 0, 1, 3).reshape(-1, mine.shape[1])
+            rows[:, 1] = by_rank[..., 1].transpose(1, 2).reshape(-1)
         found: list[list[float]] = rows.tolist()
         return found
 
@@ -220,17 +167,22 @@ class ShardedAdamW:
         state, config = self.state, self.config
         self._count.fill_(state.step + 1)
         scale = None if too_long == 1.0 else torch.tensor(too_long, device=grads.device)
-        for part, decay in (
-            (slice(0, self._decaying), config.weight_decay),
-            (slice(self._decaying, None), 0.0),
-        ):
-            if state.master[part].numel() == 0:
+        for parts, decay in ((self._matrices, config.weight_decay), (self._norms, 0.0)):
+            if not parts:
                 continue
+            masters, gradients, firsts, seconds = (
+                [buffer[part] for part in parts]
+                for buffer in (state.master, grads, state.exp_avg, state.exp_avg_sq)
+            )
             torch._fused_adamw_(
-                [state.master[part]], [grads[part]], [state.exp_avg[part]], [state.exp_avg_sq[part]], [],
-                [self._count], lr=lr, beta1=config.beta1, beta2=config.beta2, weight_decay=decay,
-                eps=config.eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
+                masters, gradients, firsts, seconds, [], [self._count] * len(parts), lr=lr,
+                beta1=config.beta1, beta2=config.beta2, weight_decay=decay, eps=config.eps,
+                amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
             )  # fmt: skip
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 def squared_norm(part: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Between two updates nothing may write to weights and moments. So their sums of bits, taken right after one
 update and again just before the next, must agree; where they do not, it is this rank's memory that changed,
 where a comparison after the next all-gather would find every replica equally wrong. And replicas, whose
-gathered weights must be equal bit by bit, compare theirs just before the update.
+gathered weights must be equal bit by bit, compare theirs just before the update. (Where parameters are
+sharded no gathered weights outlive a pass: what a rank owns is all that could change.)
 
 Done every `EVERY` steps. The sum is that of all words modulo 2^64: any single flipped bit changes it, it runs
 at the speed of memory, and on a GPU it stays there.
@@ -67,9 +68,10 @@ class Parity:
         raise RuntimeError(f"after step {step}: this rank's {text}; its memory cannot be trusted")
 
     def _sums(self) -> Tensor:
-        """Of the owned state, and of the weights that were gathered from all owners."""
+        """Of the owned state, and of the weights that were gathered from all owners, where they are kept."""
         state = self._state
-        return torch.stack([sum_of(part) for part in (state.state, state.weights)])
+        parts = (state.state, state.weights[:0] if state.parameters_sharded else state.weights)
+        return torch.stack([sum_of(part) for part in parts])
 
 
 def sum_of(part: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from keepstep.session import Phase, Session
 
 
 class Runner:
-    """Forward and backward of a replica's micro-batches. All of a run have the same size."""
+    """Forward and backward of micro-batches. All of a run have the same size."""
 
     def __init__(
         self,
@@ -46,16 +46,16 @@ class Runner:
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (micro-batch, chunk): input, output
 
     def run(self, batches: Sequence[MicroBatch], *, learns: bool = True) -> Tensor:
-        """The summed loss; zero on all ranks but those of the last stage.
+        """The loss of each; zero on all ranks but those of the last stage.
 
-        Where nothing is learnt, there are forward passes alone, and the sum is fp64.
+        Where nothing is learnt, there are forward passes alone.
         """
-        total = torch.zeros((), dtype=None if learns else torch.float64, device=batches[0].tokens.device)
+        losses = torch.zeros(len(batches), device=batches[0].tokens.device)
         self._edge = len(batches[0].tokens) // self._layout.tp, self._dim
         self._phase = Phase.FORWARD if learns else Phase.EVALUATION
         with torch.set_grad_enabled(learns):
-            self._run(batches, self._timetable(len(batches), learns=learns), total)
-        return total
+            self._run(batches, self._timetable(len(batches), learns=learns), losses)
+        return losses
 
     def _timetable(self, micro_batches: int, *, learns: bool) -> list[Tick]:
         key, pp = (micro_batches, learns), self._layout.pp
@@ -66,7 +66,7 @@ class Runner:
             self._timetables[key] = timetable(orders)
         return self._timetables[key]
 
-    def _run(self, batches: Sequence[MicroBatch], ticks: Sequence[Tick], total: Tensor) -> None:
+    def _run(self, batches: Sequence[MicroBatch], ticks: Sequence[Tick], losses: Tensor) -> None:
         for tick in ticks:
             one, made = tick[self._rank], None
             if one is not None and one.backward:
@@ -74,7 +74,7 @@ class Runner:
             elif one is not None:
                 made = self._forward(one, batches[one.micro_batch])
                 if self._stages[one.chunk].last:
-                    total += made
+                    losses[one.micro_batch] = made
             if len(tick) > 1:
                 self._exchange(tick, made)
         while self._sent:

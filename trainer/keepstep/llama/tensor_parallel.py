@@ -102,17 +102,19 @@ class _Row(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, tp: Peers, product: Callable[..., Tensor]
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.grad, ctx.tp, ctx.product = grad, tp, product
+        ctx.save_for_backward(x)
+        # Not saved: a weight is written to between the two passes where it is gathered twice.
+        ctx.of = weight, grad, tp, product
         return tp.scatter_sum(product(x, weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        dy = ctx.tp.gather(dy)
-        ctx.grad.add_(multiply(dy.t(), x.t()))
-        return ctx.product(dy, weight.t()), None, None, None, None
+        (x,) = ctx.saved_tensors
+        weight, grad, tp, product = ctx.of
+        dy = tp.gather(dy)
+        grad.add_(multiply(dy.t(), x.t()))
+        return product(dy, weight.t()), None, None, None, None
 
 
 def row_linear(
@@ -146,9 +148,11 @@ class _Embedding(Function):
         return None, None, None, None, None
 
 
-def embedding(tokens: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
-    """tokens [tokens] -> [tokens/tp, dim]; the table is cut along the vocabulary."""
-    anchor = torch.zeros((), device=weight.device, requires_grad=True)  # makes autograd call backward
+def embedding(anchor: Tensor, tokens: Tensor, weight: Tensor, grad: Tensor, tp: Peers) -> Tensor:
+    """tokens [tokens] -> [tokens/tp, dim]; the table is cut along the vocabulary.
+
+    `anchor` is any tensor that asks for a gradient, so that autograd calls the backward pass.
+    """
     return _Embedding.apply(anchor, tokens, weight, grad, tp)  # type: ignore[no-any-return]
 
 

@@ -242,7 +242,7 @@ def _loop(
     stop: StopSignal,
 ) -> bool:
     """Steps until all are done (False) or a rank was told to stop (True)."""
-    job, session, state = trainer.job, trainer.session, trainer.state
+    job, session, state, first = trainer.job, trainer.session, trainer.state, True
     while state.step < job.steps:
         examiner.before_step()
         started = time.perf_counter()
@@ -259,6 +259,11 @@ def _loop(
         if trainer.reports:
             sys.stdout.write(line(state.step, job.steps, update, rates) + "\n")
             sys.stdout.flush()
+            if first:
+                sys.stderr.write(
+                    f"rank {session.rank} holds {trainer.held()} (at most {trainer.expected()})\n"
+                )
+                first = False
             metrics.write(state.step, figures(job, state.step, update, rates))
         told_to_stop, save_due = update.asks
         if told_to_stop:

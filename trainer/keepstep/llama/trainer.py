@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from keepstep.core.beacon import Trouble
+from keepstep.core.footprint import Footprint, footprint
 from keepstep.llama.data import Batch
 from keepstep.llama.flat import FlatIndex, FlatState
 from keepstep.llama.float8 import check_device
@@ -22,6 +23,7 @@ from keepstep.llama.optimizer import ShardedAdamW, Update
 from keepstep.llama.parallel import Groups
 from keepstep.llama.parity import Parity
 from keepstep.llama.pipeline import Runner
+from keepstep.llama.sharding import sharded
 from keepstep.llama.tensor_parallel import Peers
 from keepstep.session import Phase, Session
 
@@ -44,19 +46,32 @@ class Rates:
 
 class Trainer:
     def __init__(
-        self, job: TrainJob, groups: Groups, source: Source, *, device: torch.device, session: Session
+        self,
+        job: TrainJob,
+        groups: Groups,
+        source: Source,
+        *,
+        device: torch.device,
+        session: Session,
+        ahead: bool | None = None,
     ) -> None:
+        """`ahead`: where parameters are sharded, a unit's weights travel while another computes; None: on
+        CUDA."""
         self.job, self.groups, self.source, self.session = job, groups, source, session
         self.now = job  # with the batch of the present stage
         self.dtype = _dtype(job.numerics, device)
+        ahead = device.type == "cuda" if ahead is None else ahead
         if job.numerics.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
             torch.use_deterministic_algorithms(True)
             # Nothing here reads what it did not write.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         at = groups.at
-        index = FlatIndex.of(job.shape, job.layout, at, replicas=job.replicas, chunks=job.pipeline.chunks)
-        self.state = FlatState(index, at.dp, device=device, dtype=self.dtype)
+        shard = job.numerics.shard
+        index = FlatIndex.of(
+            job.shape, job.layout, at, replicas=job.replicas, chunks=job.pipeline.chunks, shard=shard
+        )
+        self.state = FlatState(index, at.dp, device=device, dtype=self.dtype, shard=shard, ahead=ahead)
         self.optimizer = ShardedAdamW(self.state, groups, job.optimizer, session)
         self.parity = Parity(self.state, groups, session)
         self.rotation = Rotation(job.shape, device)
@@ -65,8 +80,9 @@ class Trainer:
         if job.numerics.float8:
             check_device(device)
         means = Means(
-            tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute, float8=job.numerics.float8
-        )
+            tp=tp, cp=cp, kernels=kernels, recompute=job.numerics.recompute, float8=job.numerics.float8,
+            units=sharded(self.state, self.optimizer.weights, self.optimizer.gradients),
+        )  # fmt: skip
         self.share = Share(job.layout.cp, at.cp)
         pp, chunks = job.layout.pp, job.pipeline.chunks
         stages = [
@@ -74,6 +90,8 @@ class Trainer:
             for chunk in range(chunks)
         ]
         self.counts_loss = stages[-1].last and at.tp == 0
+        # Replicas one after the other, or their micro-batches by turns: see sharding.py.
+        self.turns = self.optimizer.gradients.mine if self.state.gradients_sharded else 1
         self.runner = Runner(
             stages, groups, session, pipeline=job.pipeline, dim=job.shape.dim, dtype=self.dtype, device=device
         )
@@ -103,15 +121,21 @@ class Trainer:
         targets = [targets_of(share) for share in shares]
         scale = 1.0 / self._valid(targets)
         losses = torch.zeros(mine, device=state.grads.device)
-        for replica in range(mine):
-            batches = self.cut(shares[replica], targets[replica], scale=scale)
-            state.grads.zero_()
-            loss = self.runner.run(batches)
+        self.optimizer.gradients.begin(gate)
+        for first in range(0, mine, self.turns):
+            batches = [
+                self.cut(shares[replica], targets[replica], scale=scale)
+                for replica in range(first, first + self.turns)
+            ]
+            if not state.gradients_sharded:
+                state.grads.zero_()
+            of_batches = self.runner.run([batch for turn in zip(*batches, strict=True) for batch in turn])
             if self.counts_loss:
-                losses[replica] = loss
+                for loss in of_batches.view(-1, self.turns):
+                    losses[first : first + self.turns] += loss
             self.session.phase(Phase.OPTIMIZER)
-            gate()
-            self.optimizer.gradients.collect(replica)
+            if not state.gradients_sharded:
+                self.optimizer.gradients.collect(state.index.units[0])
         self.parity.check()
         lr = job.optimizer.lr_at(state.step, job.steps)
         left_out = state.step + 1 in job.skip_steps
@@ -127,12 +151,44 @@ class Trainer:
         if math.isfinite(update.loss) and math.isfinite(update.grad_norm):
             return update
         step = self.state.step
-        if not bool(torch.isfinite(self.state.grads).all()):
+        if not self.optimizer.gradients.finite_here():
             self.session.trouble(Trouble.NOT_FINITE_HERE, step)
         self.session.trouble(Trouble.NOT_FINITE, step)
         if self.session.attached:
             raise RuntimeError(f"step {step} gave a loss or gradient that is not finite; no update was made")
         return update
+
+    def held(self) -> Footprint:
+        """Bytes that this rank holds: its buffers exactly; activations where the device's allocator tells.
+
+        On CUDA all that was allocated beside the buffers at the peak, the logits among it.
+        """
+        state, gradients = self.state, self.optimizer.gradients
+        seen: set[int] = set()
+
+        def apart(*buffers: torch.Tensor) -> int:
+            """Bytes of those that share no memory with an earlier one."""
+            count = 0
+            for storage in (buffer.untyped_storage() for buffer in buffers):
+                count += 0 if storage.data_ptr() in seen else storage.nbytes()
+                seen.add(storage.data_ptr())
+            return count
+
+        owned, weights, grads = apart(state.state), apart(state.weights), apart(state.grads)
+        exchanged = apart(gradients.owned, gradients.segment, gradients.received)
+        peak_bytes = 0
+        if state.state.is_cuda:
+            peak_bytes = torch.cuda.max_memory_allocated() - owned - weights - grads - exchanged
+        return Footprint(
+            owned=owned, weights=weights, gradients=grads, exchanged=exchanged,
+            activations=max(0, peak_bytes), edges=0, working=0, logits=0,
+        )  # fmt: skip
+
+    def expected(self) -> Footprint:
+        """What it was to hold, at most, in the present stage: core.footprint."""
+        job, cuda = self.job, self.state.state.is_cuda
+        training = self.now.training(element=self.dtype.itemsize, cuda=cuda)
+        return footprint(job.shape, job.layout, self.groups.rank, training)
 
     def enter(self, step: int) -> None:
         """The stage of the step that follows `step` completed ones."""
@@ -155,7 +211,7 @@ class Trainer:
 
     def _share(self, replica: int) -> Sequences:
         """The sequences of one of this rank's replicas."""
-        number = self.groups.at.dp * self.optimizer.gradients.mine + replica
+        number = replica * self.job.layout.dp + self.groups.at.dp
         count = self.now.sequences_per_replica
         return Sequences.of(self.source.sequences(self.state.step, number * count, (number + 1) * count))
 

@@ -1,8 +1,9 @@
 """What a rank owns of the model, in the coordinates of the whole model.
 
-A rank owns one contiguous range of its flat index. The part of a matrix that such a range cuts out is at most
-three rectangles: the rest of a row, whole rows, the beginning of a row. Each is contiguous in memory and a
-chunk of the global tensor, so neither saving nor loading needs to know which layout wrote the other's file.
+A rank owns one contiguous range of each unit of its flat index. The part of a matrix that such a range cuts
+out is at most three rectangles: the rest of a row, whole rows, the beginning of a row. Each is contiguous in
+memory and a chunk of the global tensor, so neither saving nor loading needs to know which layout wrote the
+other's file.
 
       . . . x x x      rest of a row
       x x x x x x      whole rows
@@ -18,13 +19,13 @@ from keepstep.llama.flat import FlatIndex, FlatParameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A rectangle of one parameter that lies contiguously in the owned range."""
+    """A rectangle of one parameter that lies contiguously in the owned state."""
 
     name: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]  # in the global tensor
     size: tuple[int, ...]
-    start: int  # of its first element, from the start of the owned range
+    start: int  # of its first element, from the start of the owned state
     replicated: bool  # every tensor parallel rank has it
 
     @property
@@ -37,11 +38,16 @@ class Piece:
 
 def owned_pieces(index: FlatIndex, dp_rank: int) -> list[Piece]:
     """Everything that a rank owns; padding belongs to no piece."""
-    owned = index.owned(dp_rank)
-    return [piece for parameter in index.parameters for piece in _cut(parameter, owned)]
+    return [
+        piece
+        for unit, owned in zip(index.units, index.owned(dp_rank), strict=True)
+        for parameter in unit.parameters
+        for piece in _cut(parameter, owned, index.local(unit).start)
+    ]
 
 
-def _cut(parameter: FlatParameter, owned: range) -> Iterator[Piece]:
+def _cut(parameter: FlatParameter, owned: range, at: int) -> Iterator[Piece]:
+    """`at`: where the range starts in the rank's state."""
     first = max(parameter.offset, owned.start)
     last = min(parameter.offset + parameter.numel, owned.stop)
     if first >= last:
@@ -55,7 +61,7 @@ def _cut(parameter: FlatParameter, owned: range) -> Iterator[Piece]:
             global_shape=parameter.global_shape,
             offset=tuple(offset),
             size=size,
-            start=first - owned.start,
+            start=at + first - owned.start,
             replicated=parameter.tp_dim is None,
         )
         yield piece
