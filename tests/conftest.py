@@ -1,5 +1,6 @@
 """Options and fixtures of all tiers."""
 
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden-rewrite", action="store_true", help="write the expected sides of golden scripts anew"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays: the garbage collector need not look at it, now or later."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
