@@ -118,6 +118,13 @@ $(VENV)/.nvrx: $(VENV)/.installed requirements/nvrx.txt
 	UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) $(BIN)/uv pip install --quiet --python $(VENV)/nvrx --no-deps --require-hashes -r requirements/nvrx.txt
 	@touch $@
 
+# Meta's trainer, beside which tests/bench/trainer.py measures. Apart as well: nothing else should load what it needs.
+$(VENV)/.torchtitan: $(VENV)/.installed requirements/torchtitan.txt
+	$(BIN)/python -m venv --without-pip $(VENV)/torchtitan
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > "$$(ls -d $(VENV)/torchtitan/lib/python*/site-packages)/ours.pth"
+	UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) $(BIN)/uv pip install --quiet --python $(VENV)/torchtitan --no-deps --require-hashes -r requirements/torchtitan.txt
+	@touch $@
+
 # Hashes of everything, and the addresses of nothing. PyTorch and what only it needs for CUDA stand apart.
 
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -148,5 +155,12 @@ requirements: $(VENV)/.uv ## resolve the hashed requirement files anew (newest: 
 		-c requirements/dev.txt -c requirements/torch.txt -o requirements/all.txt
 	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
 		requirements/dev.txt requirements/torch.txt requirements/all.txt > requirements/nvrx.txt
-	rm requirements/all.txt
+	@# And what only torchtitan needs. It wants an older datasets, which our other libraries do not go with, and
+	@# which it only imports here.
+	echo 'datasets>=4' > requirements/override.txt
+	echo torchtitan==0.3.0 | $(UV) $(COMPILE) $(UPGRADE) - --override requirements/override.txt \
+		-c requirements/dev.txt -c requirements/torch.txt -c requirements/peers.txt -o requirements/all.txt
+	awk '/^[a-z]/ { theirs = !(FILENAME ~ /all/ ? $$1 in have : 0); have[$$1] } FILENAME ~ /all/ && theirs' \
+		requirements/dev.txt requirements/torch.txt requirements/all.txt > requirements/torchtitan.txt
+	rm requirements/all.txt requirements/override.txt
 	echo uv | $(UV) $(COMPILE) $(UPGRADE) - -o requirements/uv.txt

@@ -1,4 +1,4 @@
-"""The built-in trainer against Hugging Face's Llama in one process, and its layouts against one process.
+"""The built-in trainer against Hugging Face's Llama in one process, torchtitan, and itself in one process.
 
     .venv/bin/python tests/bench/trainer.py
 
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
+from in_turn import step_seconds, train_in_turn
 from keepstep.core.beacon import PAGE
 from keepstep.core.footprint import activation_bytes, footprint
 from keepstep.llama import parallel
@@ -53,6 +54,14 @@ LAYOUTS = {
     "cp2": (1, 1, 2, 1, 1), "tp2": (1, 1, 1, 2, 1), "d3": (2, 2, 1, 2, 1),
 }  # fmt: skip
 Sizes = tuple[int, int, int, int, int]
+TORCHTITAN = (
+    str(Path(sys.prefix) / "torchtitan" / "bin" / "python"),
+    str(Path(__file__).parent / "scripts" / "torchtitan_gang.py"),
+)
+# Its libraries start threads otherwise, and a process with threads must not be forked.
+ONE_THREAD = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"
+}  # fmt: skip
 
 
 class Noise:
@@ -160,6 +169,26 @@ def against_hugging_face() -> dict[str, Any]:
     }
 
 
+def in_turn() -> None:
+    """A rank of ours at 2 x 2 x 2."""
+    ours = trainer(LAYOUTS["d3"], 1)
+    train_in_turn(ours.step)
+    parallel.leave()
+
+
+def against_torchtitan() -> dict[str, float]:
+    if not Path(TORCHTITAN[0]).exists():
+        print("torchtitan is not installed: make .venv/.torchtitan")
+        return {}
+    theirs, ours = step_seconds([TORCHTITAN, (sys.executable, __file__, "in-turn")], ONE_THREAD)
+    tokens = SEQ * SEQUENCES
+    return {
+        "vs_torchtitan": statistics.median(a / b for a, b in zip(theirs, ours, strict=True)),
+        "d3_tokens_per_s": tokens / statistics.median(ours),
+        "torchtitan_tokens_per_s": tokens / statistics.median(theirs),
+    }
+
+
 def of_layout(layout: Sizes) -> dict[str, float]:
     """On each rank: seconds of a step, shares of it by phase and of waiting, and its share of memory."""
     if layout == LAYOUTS["one"]:
@@ -203,6 +232,7 @@ def preset(name: str, layout: dict[str, int], sequences: int) -> TrainJob:
 
 def main() -> None:
     figures: dict[str, float] = run_gang(1, against_hugging_face, deadline_s=300)[0]
+    figures |= against_torchtitan()
     steps: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     memory: dict[str, float] = {}
     shares: dict[str, list[float]] = defaultdict(list)
@@ -235,4 +265,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["in-turn"]:
+        run_gang(8, in_turn, deadline_s=600)
+    else:
+        main()

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from keepstep.core.footprint import LOGITS
 from keepstep.core.layout import stage_layers
 from keepstep.llama.attention import attend
+from keepstep.llama.backward import backward
 from keepstep.llama.flat import FlatState
 from keepstep.llama.float8 import multiply8
 from keepstep.llama.kernels import PLAIN, Kernels
@@ -198,7 +199,7 @@ class _Recomputed(Function):
         layer, batch = ctx.of
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            torch.autograd.backward(layer.run(x, batch), dy)
+            backward(layer.run(x, batch), dy)
         return x.grad, None, None
 
 

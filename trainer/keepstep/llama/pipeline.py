@@ -7,13 +7,12 @@ list the same messages in the same order, as NCCL wants it, and data travels whi
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
+from keepstep.llama.backward import backward
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.model import Stage
 from keepstep.llama.parallel import Groups
@@ -95,7 +94,10 @@ class Runner:
         self._session.phase(Phase.BACKWARD, micro_batch=one.micro_batch)
         dy = None if self._stages[one.chunk].last else self._received(one)
         x, y = self._held.pop((one.micro_batch, one.chunk))
-        torch.autograd.backward(y if dy is None else _Fed.apply(y, dy))
+        if dy is None:
+            torch.autograd.backward(y)
+        else:
+            backward(y, dy)
         return x.grad
 
     def _received(self, one: Pass) -> Tensor:
@@ -133,16 +135,3 @@ class Runner:
             return torch.empty(self._edge, dtype=self._dtype, device=self._device)
         assert made is not None
         return made.contiguous()
-
-
-class _Fed(Function):
-    """A number whose backward pass hands dy to y: where gradients are given, autograd imports SymPy."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
-        ctx.dy = dy
-        return y.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.dy, None
