@@ -27,7 +27,7 @@ from keepstep.llama.kernels import PLAIN, Kernels
 from keepstep.llama.microbatch import MicroBatch
 from keepstep.llama.shape import ModelShape
 from keepstep.llama.sharding import Sharded, linked, within
-from keepstep.llama.tensor_parallel import Peers, cross_entropy, embedding, multiply, row_linear
+from keepstep.llama.tensor_parallel import Peers, add_product, cross_entropy, embedding, multiply, row_linear
 
 
 class RmsNorm:
@@ -82,7 +82,7 @@ class _NormColumn(Function):
         if whole is None:
             whole = means.tp.gather(means.kernels.normed(x, inverse, norm.weight))
         dnormed = means.tp.scatter_sum(means.multiply(dy, matrix.weight.t()))
-        matrix.grad.add_(multiply(dy.t(), whole.t()))
+        add_product(matrix.grad, dy, whole)
         dx, dweight = means.kernels.norm_backward(dnormed, x, inverse, norm.weight)
         norm.grad.add_(dweight)
         return dx, None, None, None
@@ -106,7 +106,7 @@ class _SwiGluRow(Function):
         if hidden is None:
             hidden = means.kernels.swiglu(gate_up)
         dy = means.tp.gather(dy)
-        matrix.grad.add_(multiply(dy.t(), hidden.t()))
+        add_product(matrix.grad, dy, hidden)
         return means.kernels.swiglu_backward(means.multiply(dy, matrix.weight.t()), gate_up), None, None
 
 
@@ -148,7 +148,7 @@ class _HeadLoss(Function):
             part, dlogits = cross_entropy(logits, batch.targets[rows], batch.scale, means.tp)
             loss += part
             if learns:
-                output.grad.add_(multiply(dlogits.t(), whole[rows].t()))
+                add_product(output.grad, dlogits, whole[rows])
                 dpart = multiply(dlogits, output.weight.t())
                 if size < len(whole):
                     dwhole[rows] = dpart
