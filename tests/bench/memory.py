@@ -166,7 +166,8 @@ def main() -> None:
         most, expected_bytes = real_step(recompute)
         figures[f"real_step_{recompute}_mb"] = most / 1e6
         figures[f"real_step_{recompute}_vs_formula"] = most / expected_bytes
-    print(json.dumps({name: float(f"{value:.4g}") for name, value in figures.items()}))
+    rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
+    print(json.dumps({"bench": "memory", "figures": rounded, "context": {"torch": torch.__version__}}))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     .venv/bin/python tests/bench/snapshot.py
 
 The state is that of one rank of the demo's model at 2x2x2; the peer is a plain copy of the same tensor into
-memory that was used before. Copies take turns, so that a busy machine is busy for both, and rotate over three
-targets, as snapshots do. The last line is one JSON object: ratios are ours over the peer's; shares are of a
-step of 200 ms, on two cores where eight ranks run.
+memory that was used before. Copies take turns, so that a busy machine is busy for both, and rotate over as
+many targets as snapshots do. The last line is one JSON object: ratios are ours over the peer's; shares are of
+a step of 200 ms, on two cores where eight ranks run.
 """
 
 import json
@@ -39,7 +39,8 @@ class Rank:
     def __init__(self, node: Node, rank: int, elements: int) -> None:
         carriers.PAYLOAD = 4 * elements
         self.slots: Slots = node.slots(rank, world=64, attempt=1)
-        self.targets = [torch.frombuffer(self.slots.payload(k), dtype=torch.float32) for k in range(3)]
+        numbers = range(self.slots.shape.slots)
+        self.targets = [torch.frombuffer(self.slots.payload(k), dtype=torch.float32) for k in numbers]
         self.state = torch.randn(elements)
         self.step = 0
 
@@ -87,10 +88,11 @@ def stalls(node: Node) -> dict[str, float]:
 
 def in_turn(ranks: list[Rank]) -> tuple[float, float, float]:
     """Medians: a plain copy, the copy into a slot, the whole stall."""
-    buffers = [torch.zeros(STATE) for _ in range(3)]
+    count = len(ranks[0].targets)
+    buffers = [torch.zeros(STATE) for _ in range(count)]
     plain, copies, wholes = [], [], []
     for k, rank in enumerate(ranks):
-        plain.append(seconds(lambda k=k, rank=rank: buffers[k % 3].copy_(rank.state)))  # type: ignore[misc]
+        plain.append(seconds(lambda k=k, rank=rank: buffers[k % count].copy_(rank.state)))  # type: ignore[misc]
         copied, whole = rank.take()
         copies.append(copied)
         wholes.append(whole)
