@@ -41,7 +41,8 @@ test-slow: setup $(VENV)/.peers $(VENV)/.ray ## what `make test` leaves out: slo
 	$(PYTEST) $(ABREAST) tests --ignore=tests/e2e --ignore=tests/contract -m "slow and not long" --durations=25
 
 test-long: setup $(VENV)/.peers $(VENV)/.ray ## what CI has no time for: before a release
-	$(PYTEST) $(ABREAST) tests -m long --durations=25
+	$(PYTEST) $(ABREAST) tests --ignore=tests/contract -m long --durations=25
+	$(PYTEST) tests/contract -m long --durations=10
 
 test-all: test test-slow test-long ## every suite
 

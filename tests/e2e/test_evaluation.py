@@ -40,7 +40,6 @@ EVALUATED = TINY.replace(
 ).replace("pp: 1", "pp: 2").replace("dp: 2", "dp: 1")  # fmt: skip
 
 
-@pytest.mark.long
 def test_a_rank_killed_while_it_evaluates(start: Callable[..., Cluster]) -> None:
     """Losses and evaluations are those of a job that was left alone, and `status` shows them."""
     cluster = start(nodes=2, slots=2)

@@ -37,7 +37,6 @@ KILLED = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_killed_rank_costs_no_layout_its_curve(name: str, start: Start, undisturbed: Curve) -> None:
     spec, (phase, rank) = LAYOUTS[name], KILLED[name]

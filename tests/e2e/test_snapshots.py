@@ -206,7 +206,7 @@ checkpoint: {{snapshot_every: 1 step}}
 """
 
 
-@pytest.mark.parametrize("script", ["kept.py", pytest.param("kept_sharded.py", marks=pytest.mark.long)])
+@pytest.mark.parametrize("script", ["kept.py", "kept_sharded.py"])
 def test_a_script_goes_on_from_memory_alone(start: Start, script: str) -> None:
     cluster = start(nodes=2, slots=1)
     folder = Path(__file__).parent / "scripts"
