@@ -1,5 +1,6 @@
 """Text into shards by Ray Data, on the nodes of a real cluster."""
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -9,18 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from keepstep.agent.rank import processes
 from keepstep.llama.data.shards import Manifest, verify
 from ray_cluster import RayCluster
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 
+def command_of(out: Path, source: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-W", "ignore", "-m", "keepstep.llama.data", "tokenize", str(out),
+        "--source", f"lines={source}", "--shard-mb", "0.01", *more,
+    ]  # fmt: skip
+
+
 def tokenised(out: Path, source: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "keepstep.llama.data", "tokenize", str(out),
-         "--source", f"lines={source}", "--shard-mb", "0.01", *more],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = command_of(out, source, *more)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture
@@ -48,6 +54,35 @@ def test_every_node_makes_shards_and_they_are_those_of_one_machine(ray: RayClust
     again = tokenised(tmp_path / "ray", source, "--ray", ray.address)
     assert again.returncode == 0 and "1 of" not in again.stdout, again.stderr
     assert lost.read_bytes() == (tmp_path / "here" / here.sources["lines"][3].file).read_bytes()
+
+
+def makes(raylet: int) -> bool:
+    """Whether an actor of Ray Data's works on that node."""
+    for worker in processes.descendants(raylet, processes.table()):
+        with contextlib.suppress(OSError):  # it has just ended
+            if b"MapWorker" in Path(f"/proc/{worker.pid}/cmdline").read_bytes():
+                return True
+    return False
+
+
+def test_units_of_a_node_that_is_lost_are_made_by_others(ray: RayCluster, tmp_path: Path) -> None:
+    source = tmp_path / "lines.jsonl"
+    source.write_text(
+        "".join(json.dumps({"text": f"{k} " + "word " * (k % 500)}) + "\n" for k in range(4000))
+    )
+    ray.add("other")
+    command = command_of(tmp_path / "ray", source, "--ray", ray.address)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        raylet = ray.raylet("other")
+        done = next((line for line in process.stderr if " shards, " in line and makes(raylet)), "")
+        ray.kill("other")
+        rest = process.stderr.read()
+    assert process.returncode == 0, rest
+    assert done and "shards, " in rest, "killed while it made some, in the midst of it"
+    assert tokenised(tmp_path / "here", source).returncode == 0
+    assert Manifest.read(tmp_path / "ray") == Manifest.read(tmp_path / "here")
+    assert list(verify(tmp_path / "ray")) == []
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:

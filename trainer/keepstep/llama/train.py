@@ -169,7 +169,7 @@ class Examiner:
         found = self._evaluator.evaluate()
         trainer.session.phase(Phase.NONE)  # it is complete
         if trainer.reports:
-            _leave_evaluation(found)
+            leave_evaluation(found)
             sys.stdout.write(validation_line(found, trainer.job.steps) + "\n")
             sys.stdout.flush()
             parts = found.by_source if len(found.by_source) > 1 else {}
@@ -309,11 +309,17 @@ def _scaled(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def _leave_evaluation(found: Validation) -> None:
-    """A line of JSON beside the job's file: the agent takes it from there."""
+def leave_evaluation(found: Validation) -> None:
+    """A line of JSON beside the job's file: the agent takes it from there. If it cannot, training goes on."""
     if name := os.environ.get("KEEPSTEP_JOB_FILE"):
-        with Path(name).with_name("evaluations.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(found)) + "\n")
+        path = Path(name).with_name("evaluations.jsonl")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
+        except OSError as error:
+            sys.stderr.write(
+                f"the evaluation of step {found.step} is not recorded: {path}: {error.strerror}\n"
+            )
 
 
 def _leave_word(message: str, trace: str) -> None:
